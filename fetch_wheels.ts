@@ -1,0 +1,2121 @@
+#!/usr/bin/env -S deno run --allow-net --allow-read --allow-write --allow-env
+/**
+ * Takes the final layer out of a container image, straight from its registry, checks every byte, and leaves the Python
+ * wheels in a directory, all or nothing, ready for `pip install --no-index --find-links`.
+ *
+ * On a command line:
+ *
+ * ```sh
+ * deno run --allow-net --allow-read --allow-write --allow-env fetch_wheels.ts -d wheels loci/requirements:master-ubuntu_jammy
+ * ```
+ *
+ * In a program:
+ *
+ * ```ts ignore
+ * import { fetchWheels } from "./fetch_wheels.ts";
+ *
+ * const { files, layer } = await fetchWheels("registry.example/ns/wheels:1.0", { dest: "wheels" });
+ * console.log(`${files.length} files from ${layer?.digest}`);
+ * ```
+ *
+ * Contents, which is the way that the data takes:
+ *
+ *      fetchWheels()  the summary
+ *  1   Reference      text to {registry, repository, tag, digest}
+ *  2   Credentials    where a user name and a password come from
+ *  3   Transport      one request: TLS, proxy, timeouts, retries, redirects followed by hand
+ *  4   Auth           a 401's challenges to an Authorization header
+ *  5   Manifest       tag to index to manifest to layer descriptor, each body checked against its digest
+ *  6   Layer          the blob's verified bytes, decompressed
+ *  7   Tar            members, made safe
+ *  8   Disk           staging, publishing, cleaning up
+ *  9   Sources        the same bytes from a URL or a file
+ * 10   Command line   options, help, output, exit code
+ *
+ * @module
+ */
+
+import { Buffer } from "node:buffer";
+import { createHash } from "node:crypto";
+import { once } from "node:events";
+import * as fs from "node:fs";
+import * as https from "node:https";
+import { basename, dirname, join, resolve as resolvePath } from "node:path";
+import process from "node:process";
+import { type Duplex, Readable } from "node:stream";
+import * as tls from "node:tls";
+import { createGunzip, createZstdDecompress } from "node:zlib";
+import { Command, CommanderError, InvalidArgumentError, Option } from "npm:commander@^15.1.0";
+import { createTarDecoder, type ParsedTarEntry } from "npm:modern-tar@^0.8.6";
+
+const VERSION = "0.1.0";
+
+const DEFAULT_DEST = "/tmp/wheels";
+const DEFAULT_WHEELS_FILE = "/opt/loci/wheels";
+const DEFAULT_RETRIES = 5;
+/** Seconds without a byte after which a connection counts as dead. */
+const DEFAULT_TIMEOUT = 30;
+
+/** Before the first retry, doubled for each further one, drawn at random below (full jitter). */
+const FIRST_DELAY_MS = 500;
+const LONGEST_DELAY_MS = 30_000;
+/** A build that would wait longer than this does better to fail and say why. */
+const LONGEST_RETRY_AFTER_MS = 60_000;
+const MAX_REDIRECTS = 10;
+/** The distribution specification lets registries refuse larger manifests, and so clients may too. */
+const MAX_MANIFEST_BYTES = 4 * 1024 * 1024;
+const MAX_TOKEN_BYTES = 1024 * 1024;
+/** Of an error's body, only so much is read and shown. */
+const MAX_ERROR_BYTES = 64 * 1024;
+/** The decoder takes no longer metadata. */
+const MAX_PAX_BYTES = 8 * 1024 * 1024;
+const MAX_INDEX_DEPTH = 5;
+/** What a token lives when its answer does not say, by the token specification. */
+const DEFAULT_TOKEN_SECONDS = 60;
+/** As Linux: a path through more symbolic links than this is a loop. */
+const MAX_LINKS = 40;
+/** Large enough that thread hops cost nothing, small enough that memory stays flat. */
+const INFLATE_CHUNK_BYTES = 256 * 1024;
+
+const HUB = "docker.io";
+const HUB_NAMES = [HUB, "index.docker.io", "registry.hub.docker.com"];
+const HUB_HOST = "registry-1.docker.io";
+
+const INDEX_TYPES = [
+  "application/vnd.oci.image.index.v1+json",
+  "application/vnd.docker.distribution.manifest.list.v2+json",
+];
+const MANIFEST_TYPES = [
+  "application/vnd.oci.image.manifest.v1+json",
+  "application/vnd.docker.distribution.manifest.v2+json",
+];
+const SCHEMA1_TYPES = [
+  "application/vnd.docker.distribution.manifest.v1+prettyjws",
+  "application/vnd.docker.distribution.manifest.v1+json",
+];
+
+const EXIT_CODES: Record<ErrorKind, number> = {
+  internal: 1,
+  usage: 2,
+  "not-found": 3,
+  auth: 4,
+  network: 5,
+  integrity: 6,
+  unsafe: 7,
+  io: 8,
+  interrupted: 130,
+  terminated: 143,
+};
+
+/** What went wrong, by class; each has an exit code of its own. */
+export type ErrorKind =
+  | "internal"
+  | "usage"
+  | "not-found"
+  | "auth"
+  | "network"
+  | "integrity"
+  | "unsafe"
+  | "io"
+  | "interrupted"
+  | "terminated";
+
+/** The one error that this module throws on purpose. Its message is one line, `Cannot <action> "<value>": <cause>`. */
+export class FetchWheelsError extends Error {
+  /** The class of the failure. */
+  readonly kind: ErrorKind;
+  /** What can be done about it, in one line, where something can. */
+  readonly hint?: string;
+
+  /** Makes an error of a kind, with its message and, where there is one, a hint and a cause. */
+  constructor(kind: ErrorKind, message: string, options: { hint?: string; cause?: unknown } = {}) {
+    super(message, { cause: options.cause });
+    this.name = "FetchWheelsError";
+    this.kind = kind;
+    this.hint = options.hint;
+  }
+}
+
+/** An image's name in parts. */
+export interface ImageReference {
+  /** Host, with its port if it has one; `docker.io` for the Docker Hub. */
+  registry: string;
+  /** Name within the registry, such as `library/python`. */
+  repository: string;
+  /** Tag; `latest` when the text has neither tag nor digest. */
+  tag?: string;
+  /** Digest, such as `sha256:…`; it decides when there is a tag too. */
+  digest?: string;
+}
+
+/** An operating system and a processor architecture, in the registries' names. */
+export interface Platform {
+  /** Such as `linux`. */
+  os: string;
+  /** Such as `amd64` or `arm64`. */
+  architecture: string;
+  /** Such as `v7`. */
+  variant?: string;
+}
+
+/** What a manifest or an index says of a blob or a manifest (OCI image specification, "Content Descriptors"). */
+export interface Descriptor {
+  /** Media type of what is described. */
+  mediaType?: string;
+  /** Digest of its bytes. */
+  digest: string;
+  /** Its bytes' number; schema 1 does not say. */
+  size?: number;
+  /** In an index: what the image runs on. */
+  platform?: Partial<Platform>;
+  /** Free-form notes. */
+  annotations?: Record<string, string>;
+}
+
+/** One challenge of a `WWW-Authenticate` header. */
+export interface Challenge {
+  /** Lower case, such as `bearer`. */
+  scheme: string;
+  /** Parameters by their names in lower case. */
+  parameters: Record<string, string>;
+  /** The one value of schemes that have no parameters. */
+  token68?: string;
+}
+
+/** What `fetchWheels` tells of its way, for a log or a progress bar. */
+export type ProgressEvent =
+  | { type: "request"; url: string; status: number }
+  | { type: "retry"; reason: string; delayMs: number }
+  | { type: "resolved"; image: ImageReference; layer: LayerInfo; platform: string | null }
+  | { type: "bytes"; received: number; total?: number }
+  | { type: "warning"; message: string };
+
+/** How `fetchWheels` goes about it. */
+export interface FetchWheelsOptions {
+  /**
+   * Directory that receives the files.
+   * @default {"/tmp/wheels"}
+   */
+  dest?: string;
+  /** Write the tarball as it is to this file, or stream, instead of extracting it. */
+  output?: string | WritableStream<Uint8Array>;
+  /**
+   * `OS/ARCH[/VARIANT]` to choose from an index.
+   * @default {`linux/` and the host's architecture}
+   */
+  platform?: string;
+  /**
+   * How the registry is spoken to; `detect` tries https first, and plain http for local names only.
+   * @default {"detect"}
+   */
+  protocol?: "http" | "https" | "detect";
+  /**
+   * Accept any certificate.
+   * @default {false}
+   */
+  insecure?: boolean;
+  /** File of PEM certificates to trust besides the usual ones. */
+  caFile?: string;
+  /** User name for the registry. */
+  username?: string;
+  /** Password or access token that goes with `username`. */
+  password?: string;
+  /**
+   * How often a request that failed for a passing reason is tried again.
+   * @default {5}
+   */
+  retries?: number;
+  /**
+   * Seconds without a byte after which a connection is given up.
+   * @default {30}
+   */
+  timeout?: number;
+  /** Stops everything and cleans up. */
+  signal?: AbortSignal;
+  /** Used in place of the global `fetch`. */
+  fetch?: typeof globalThis.fetch;
+  /** Used in place of a timer between retries. */
+  delay?: (milliseconds: number, signal?: AbortSignal) => Promise<void>;
+  /** Used in place of `Date.now`. */
+  now?: () => number;
+  /** Is told what happens. */
+  onProgress?: (event: ProgressEvent) => void;
+}
+
+/** The layer that was fetched. */
+export interface LayerInfo {
+  /** Digest of its bytes as they are stored in the registry. */
+  digest: string;
+  /** Their number; null before a schema 1 layer has been read. */
+  size: number | null;
+  /** As the manifest says, or null. */
+  mediaType: string | null;
+  /** Place among the image's layers; 1 is the base. */
+  index: number;
+  /** How many layers the image has. */
+  count: number;
+}
+
+/** What was done; the same as the document of `--json`. */
+export interface FetchResult {
+  /** The source as it was given. */
+  source: string;
+  /** The image, or null for a tarball. */
+  image: { registry: string; repository: string; tag: string | null; digest: string | null } | null;
+  /** Platform chosen from an index, or null where there was nothing to choose. */
+  platform: string | null;
+  /** The image's manifest, or null for a tarball. */
+  manifest: { digest: string; mediaType: string } | null;
+  /** The layer, or null for a tarball. */
+  layer: LayerInfo | null;
+  /** Directory that received the files, or null with `output`. */
+  dest: string | null;
+  /** File that received the tarball, `-` for a stream, or null. */
+  output: string | null;
+  /** Files and links now in `dest`, with their sizes in bytes. */
+  files: { path: string; size: number }[];
+  /** Members that were left out. */
+  skipped: { path: string; reason: string }[];
+  /** Bytes received, compressed. */
+  bytes: number;
+  /** Seconds that it took. */
+  seconds: number;
+}
+
+/**
+ * Fetches the final layer of an image, or a tarball, and extracts it into a directory, all or nothing.
+ *
+ * @example An image that does not parse is refused before anything is sent
+ * ```ts
+ * import { fetchWheels, FetchWheelsError } from "./fetch_wheels.ts";
+ * import assert from "node:assert/strict";
+ *
+ * await assert.rejects(
+ *   fetchWheels("registry.example/Upper/Case:1.0", { dest: "wheels" }),
+ *   (error) => error instanceof FetchWheelsError && error.kind === "usage",
+ * );
+ * ```
+ *
+ * @param source Image reference, `http(s)://` URL of a tarball, or a path that begins with `/`, `./` or `../`
+ * @param options How to go about it
+ * @returns What was fetched, from where, and the files that are there now
+ * @throws {FetchWheelsError} of each kind but `internal`; `dest` is then as it was
+ */
+export async function fetchWheels(source: string, options: FetchWheelsOptions = {}): Promise<FetchResult> {
+  const settings = settle(options);
+  const started = performance.now();
+  try {
+    const parsed = parseSource(source);
+    // Before anything is asked for: a disk that cannot be written to is better known before half a gigabyte came.
+    using target: Target = settings.output === undefined ? new StagedTree(settings.dest) : new Tarball(settings.output);
+    const { bytes, layer, ...origin } = await openSource(parsed, settings);
+    const progress: Progress = { received: 0, total: layer?.size ?? undefined, settings };
+    const { files, skipped } = await target.receive(watched(bytes, progress));
+    return {
+      source,
+      ...origin,
+      layer: layer && { ...layer, size: progress.received },
+      dest: settings.output === undefined ? settings.dest : null,
+      output: typeof settings.output === "object" ? "-" : settings.output ?? null,
+      files,
+      skipped,
+      bytes: progress.received,
+      seconds: Math.round(performance.now() - started) / 1000,
+    };
+  } catch (error) {
+    throw settings.signal.aborted ? settings.signal.reason : explain(error);
+  }
+}
+
+/** The options with every default in its place. */
+type Settings = Required<Omit<FetchWheelsOptions, "output" | "platform" | "caFile" | "username" | "password">> & {
+  output?: string | WritableStream<Uint8Array>;
+  platform: Platform;
+  credentials?: Credentials;
+};
+
+function settle(options: FetchWheelsOptions): Settings {
+  const { retries = DEFAULT_RETRIES, timeout = DEFAULT_TIMEOUT, protocol = "detect", insecure = false } = options;
+  if (!Number.isInteger(retries) || retries < 0) throw usage("use", String(retries), "retries is no whole number");
+  if (!(timeout > 0 && timeout <= 86_400)) throw usage("use", String(timeout), "timeout is not from 0 to 86400 s");
+  return {
+    dest: resolvePath(options.dest || DEFAULT_DEST),
+    output: options.output,
+    platform: options.platform === undefined ? hostPlatform() : parsePlatform(options.platform),
+    protocol,
+    insecure,
+    credentials: givenCredentials(options),
+    retries,
+    timeout,
+    signal: options.signal ?? new AbortController().signal,
+    fetch: options.fetch ?? trustingFetch(options.caFile, insecure),
+    delay: options.delay ?? delay,
+    now: options.now ?? Date.now,
+    onProgress: options.onProgress ?? (() => {}),
+  };
+}
+
+/** Puts what Deno and Node throw for the disk and for missing permissions into this module's terms. */
+function explain(error: unknown): unknown {
+  if (error instanceof Deno.errors.NotCapable) {
+    const flag = /--allow-[a-z]+/.exec(error.message)?.[0] ?? "the permission";
+    return new FetchWheelsError("io", `Cannot go on: ${error.message.split(",")[0]}`, {
+      hint: `run deno with ${flag}`,
+      cause: error,
+    });
+  }
+  return error;
+}
+
+function usage(action: string, value: string, cause: string, hint?: string): FetchWheelsError {
+  return new FetchWheelsError("usage", `Cannot ${action} ${quote(value)}: ${cause}`, { hint });
+}
+
+function integrity(action: string, value: string, cause: string, source?: unknown): FetchWheelsError {
+  return new FetchWheelsError("integrity", `Cannot ${action} ${quote(value)}: ${cause}`, { cause: source });
+}
+
+/** Quoted for one line of a terminal: what an archive or a registry says may hold control characters. */
+function quote(text: string): string {
+  return JSON.stringify(text).replace(
+    /[\x7f-\x9f\u2028\u2029]/g,
+    (c) => `\\u${c.charCodeAt(0).toString(16).padStart(4, "0")}`,
+  );
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 1 Reference: text to {registry, repository, tag, digest}, by the rules of the distribution project's grammar.
+// ---------------------------------------------------------------------------------------------------------------------
+
+const DIGEST = /^(?:sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128})$/;
+const TAG = /^[A-Za-z0-9_][A-Za-z0-9._-]{0,127}$/;
+const REPOSITORY = /^[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*(?:\/[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*)*$/;
+const HOST =
+  /^(?:[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?(?:\.[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?)*|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?$/;
+
+/**
+ * Reads an image's name as `docker pull` does.
+ *
+ * @example
+ * ```ts
+ * import { parseImageReference } from "./fetch_wheels.ts";
+ * import assert from "node:assert/strict";
+ *
+ * assert.deepEqual(parseImageReference("python:3.13"), {
+ *   registry: "docker.io",
+ *   repository: "library/python",
+ *   tag: "3.13",
+ * });
+ * ```
+ *
+ * @param text `[HOST[:PORT]/]NAME[:TAG][@DIGEST]`
+ * @returns The parts; `tag` is `latest` only when neither tag nor digest is given
+ * @throws {FetchWheelsError} of kind `usage`, which quotes the text and says which rule it breaks
+ */
+export function parseImageReference(text: string): ImageReference {
+  const fail = (rule: string, hint?: string) => usage("parse image reference", text, rule, hint);
+  if (text === "") throw fail("it is empty");
+  if (/\s/.test(text)) throw fail("it holds white space");
+  const scheme = /^[a-z][a-z0-9+.-]*:\/\//i.exec(text)?.[0];
+  if (scheme) throw fail(`an image has no "${scheme}" in front`, `leave out "${scheme}"`);
+
+  const [name = "", digest, ...more] = text.split("@");
+  if (more.length > 0) throw fail('it holds more than one "@"');
+  if (digest !== undefined && !DIGEST.test(digest)) {
+    throw fail("the digest is neither sha256: and 64 nor sha512: and 128 lower-case hexadecimal digits");
+  }
+  const colon = name.indexOf(":", name.lastIndexOf("/") + 1);
+  const tag = colon < 0 ? undefined : name.slice(colon + 1);
+  if (tag !== undefined && !TAG.test(tag)) {
+    throw fail('a tag is 1 to 128 letters, digits, "_", "." and "-", and begins with none of the last two');
+  }
+
+  const path = colon < 0 ? name : name.slice(0, colon);
+  const slash = path.indexOf("/");
+  const first = path.slice(0, Math.max(slash, 0));
+  const isHost = /[.:A-Z]/.test(first) || first === "localhost";
+  if (isHost && !isValidHost(first)) throw fail(`${quote(first)} is no host name with an optional port`);
+  const isHub = !isHost || HUB_NAMES.includes(first);
+  const rest = isHost ? path.slice(slash + 1) : path;
+  const repository = isHub && rest !== "" && !rest.includes("/") ? `library/${rest}` : rest;
+  if (repository === "") throw fail("the name of the repository is missing");
+  if (/[A-Z]/.test(repository)) throw fail("a repository's name is lower case");
+  if (repository.length > 255) throw fail("a repository's name has at most 255 characters");
+  if (!REPOSITORY.test(repository)) {
+    throw fail('a repository\'s name is lower-case letters and digits, with ".", "_", "__" or "-" between them');
+  }
+  const reference: ImageReference = { registry: isHub ? HUB : first, repository };
+  if (tag !== undefined) reference.tag = tag;
+  else if (digest === undefined) reference.tag = "latest";
+  if (digest !== undefined) reference.digest = digest;
+  return reference;
+}
+
+function isValidHost(host: string): boolean {
+  const port = /:(\d+)$/.exec(host)?.[1];
+  return HOST.test(host) && Number(port ?? 443) > 0 && URL.canParse(`https://${host}/`);
+}
+
+function formatReference({ registry, repository, tag, digest }: ImageReference): string {
+  return `${registry}/${repository}${tag === undefined ? "" : `:${tag}`}${digest === undefined ? "" : `@${digest}`}`;
+}
+
+/**
+ * Reads a platform and puts it into the registries' names: `x86_64` is `amd64`, `aarch64` is `arm64`, `armhf` is `arm/v7`.
+ *
+ * @param text `OS/ARCH[/VARIANT]`
+ * @throws {FetchWheelsError} of kind `usage`
+ */
+export function parsePlatform(text: string): Platform {
+  const [os = "", architecture = "", variant, ...more] = text.toLowerCase().split("/");
+  const parts = variant === undefined ? [os, architecture] : [os, architecture, variant];
+  if (more.length > 0 || !parts.every((part) => /^[a-z0-9][a-z0-9._-]*$/.test(part))) {
+    throw usage("parse platform", text, "it is not OS/ARCH or OS/ARCH/VARIANT", "such as linux/amd64 or linux/arm64");
+  }
+  return normalizePlatform({ os, architecture, variant });
+}
+
+/**
+ * The platform that this machine's wheels are for. Images are for Linux, whatever runs this.
+ *
+ * @param arch Processor architecture, in any usual name
+ */
+export function hostPlatform(arch: string = Deno.build.arch): Platform {
+  return normalizePlatform({ os: "linux", architecture: arch });
+}
+
+function normalizePlatform({ os = "", architecture = "", variant }: Partial<Platform>): Platform {
+  const [name = "", implied] = ARCHITECTURES[architecture] ?? [architecture];
+  const chosen = (variant || implied)?.replace(/^(?=\d)/, "v");
+  return chosen === undefined ? { os, architecture: name } : { os, architecture: name, variant: chosen };
+}
+
+const ARCHITECTURES: Record<string, [name: string, variant?: string]> = {
+  "x86_64": ["amd64"],
+  "x86-64": ["amd64"],
+  "aarch64": ["arm64"],
+  "armhf": ["arm", "v7"],
+  "armel": ["arm", "v6"],
+  "arm": ["arm", "v7"],
+};
+
+function formatPlatform({ os, architecture, variant }: Partial<Platform>): string {
+  return [os, architecture, variant].filter(Boolean).join("/");
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 2 Credentials: where a user name and a password come from.
+// ---------------------------------------------------------------------------------------------------------------------
+
+/** A user name and a password. */
+interface Credentials {
+  username: string;
+  password: string;
+}
+
+function givenCredentials({ username, password }: FetchWheelsOptions): Credentials | undefined {
+  if (username === undefined && password === undefined) return undefined;
+  if (!username) throw new FetchWheelsError("usage", "Cannot use a password: the user name is missing");
+  if (password === undefined) throw usage("use user name", username, "the password is missing", PASSWORD_HINT);
+  if (username.includes(":")) throw usage("use user name", username, "HTTP has no way to send a colon in it");
+  return { username, password };
+}
+
+const PASSWORD_HINT = "give --username and --password-stdin, or set REGISTRY_USERNAME and REGISTRY_PASSWORD";
+
+/** RFC 7617, with UTF-8 as registries expect it. */
+function basic({ username, password }: Credentials): string {
+  return `Basic ${Buffer.from(`${username}:${password}`, "utf8").toString("base64")}`;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 3 Transport: one request. Whatever passes by itself is tried again; whatever does not is said at once.
+// ---------------------------------------------------------------------------------------------------------------------
+
+/** An answer, where it came from in the end, and the means to give it up. */
+interface Exchange {
+  response: Response;
+  url: URL;
+  controller: AbortController;
+}
+
+/** Asks the first of these URLs that can be connected to, and again while the failure may pass. */
+async function request(urls: URL[], headers: Record<string, string>, settings: Settings): Promise<Exchange> {
+  for (let attempt = 0;; attempt++) {
+    let reason: string;
+    let wait = backoff(attempt);
+    try {
+      const exchange = await askFirst(urls, headers, settings);
+      const { status, headers: answered } = exchange.response;
+      if (!isTransient(status) || attempt >= settings.retries) return exchange;
+      const asked = retryAfter(answered.get("retry-after"), settings.now());
+      if (asked !== undefined && asked > LONGEST_RETRY_AFTER_MS) {
+        const error = await statusError("fetch", displayUrl(exchange.url), { exchange, settings });
+        throw new FetchWheelsError("network", `${error.message}; it asks to wait ${Math.ceil(asked / 1000)} s`);
+      }
+      wait = asked ?? wait;
+      reason = `${displayUrl(exchange.url)} answered ${status}`;
+      await exchange.response.body?.cancel();
+    } catch (error) {
+      if (!(error instanceof ConnectionError) || !error.passing || attempt >= settings.retries) throw error;
+      reason = error.message;
+    }
+    settings.onProgress({ type: "retry", reason, delayMs: wait });
+    await settings.delay(wait, settings.signal);
+  }
+}
+
+function isTransient(status: number): boolean {
+  return status === 408 || status === 429 || status >= 500;
+}
+
+/** Exponential with full jitter, so that a fleet of builds does not come back in step. */
+function backoff(attempt: number): number {
+  return Math.random() * Math.min(LONGEST_DELAY_MS, FIRST_DELAY_MS * 2 ** attempt);
+}
+
+/** Milliseconds that a `Retry-After` asks for, in seconds or as a date (RFC 9110); undefined for nonsense and the past. */
+function retryAfter(value: string | null, now: number): number | undefined {
+  if (value === null) return undefined;
+  if (/^\s*\d+\s*$/.test(value)) return Number(value) * 1000;
+  const isDate = /^[A-Z][a-z]{2,8}, ?\d{2}[ -][A-Z][a-z]{2}[ -]\d{2,4} \d{2}:\d{2}:\d{2} GMT$/.test(value.trim());
+  const wait = isDate ? Date.parse(value) - now : NaN;
+  return wait > 0 ? wait : undefined;
+}
+
+function delay(milliseconds: number, signal?: AbortSignal): Promise<void> {
+  return new Promise((resolve, reject) => {
+    if (signal?.aborted) return reject(signal.reason);
+    const stop = () => {
+      clearTimeout(timer);
+      reject(signal?.reason);
+    };
+    const timer = setTimeout(() => {
+      signal?.removeEventListener("abort", stop);
+      resolve();
+    }, milliseconds);
+    signal?.addEventListener("abort", stop, { once: true });
+  });
+}
+
+async function askFirst(urls: URL[], headers: Record<string, string>, settings: Settings): Promise<Exchange> {
+  let failure: ConnectionError | undefined;
+  for (const url of urls) {
+    try {
+      return await followRedirects(url, headers, settings);
+    } catch (error) {
+      // A refused certificate must not lead to plain http: that is what an attacker would want.
+      if (!(error instanceof ConnectionError) || error.reason === "certificate") throw error;
+      failure ??= error;
+    }
+  }
+  throw failure;
+}
+
+/** Redirects are followed by hand, for `fetch` would take the credentials along to whoever answers. */
+async function followRedirects(url: URL, headers: Record<string, string>, settings: Settings): Promise<Exchange> {
+  let { authorization, ...rest } = headers;
+  const carriedSecret = authorization !== undefined;
+  let current = url;
+  for (let hops = 0; hops <= MAX_REDIRECTS; hops++) {
+    const exchange = await send(current, authorization === undefined ? rest : { ...rest, authorization }, settings);
+    const location = exchange.response.headers.get("location");
+    if (![301, 302, 303, 307, 308].includes(exchange.response.status) || location === null) return exchange;
+    await exchange.response.body?.cancel();
+    const next = redirectTarget(location, current);
+    if (carriedSecret && current.protocol === "https:" && next.protocol === "http:") {
+      throw network(
+        "follow",
+        current,
+        `it redirects to plain http, to ${displayUrl(next)}, although a password is in use`,
+      );
+    }
+    if (next.origin !== current.origin) authorization = undefined;
+    current = next;
+  }
+  throw network("follow", url, `it redirects more than ${MAX_REDIRECTS} times`);
+}
+
+function redirectTarget(location: string, base: URL): URL {
+  const target = URL.canParse(location, base.href) ? new URL(location, base) : undefined;
+  if (target === undefined || !/^https?:$/.test(target.protocol)) {
+    throw network("follow", base, `it redirects to ${quote(location.split("?")[0] ?? "")}, which is no http(s) URL`);
+  }
+  target.username = target.password = "";
+  return target;
+}
+
+/** One request, no more. Ends with an answer's head or a `ConnectionError`. */
+async function send(url: URL, headers: Record<string, string>, settings: Settings): Promise<Exchange> {
+  const controller = new AbortController();
+  const silent = () => controller.abort(new ConnectionError(url, "silent", `nothing came for ${settings.timeout} s`));
+  const timer = setTimeout(silent, settings.timeout * 1000);
+  try {
+    const response = await settings.fetch(url, {
+      // Deno would otherwise ask for gzip and decode it, and no digest would fit.
+      headers: { "accept-encoding": "identity", "user-agent": `fetch_wheels/${VERSION}`, ...headers },
+      redirect: "manual",
+      signal: AbortSignal.any([controller.signal, settings.signal]),
+    });
+    settings.onProgress({ type: "request", url: displayUrl(url), status: response.status });
+    return { response, url, controller };
+  } catch (error) {
+    settings.signal.throwIfAborted();
+    throw error instanceof ConnectionError || error instanceof Deno.errors.NotCapable
+      ? error
+      : connectionError(url, error);
+  } finally {
+    clearTimeout(timer);
+  }
+}
+
+/** The bytes of an answer; a connection that is silent for too long is an error, and so is one that dies. */
+async function* bodyOf({ response, url, controller }: Exchange, settings: Settings): AsyncGenerator<Uint8Array> {
+  if (response.body === null) return;
+  const reader = response.body.getReader();
+  const silent = () => controller.abort(new ConnectionError(url, "silent", `nothing came for ${settings.timeout} s`));
+  try {
+    while (true) {
+      // The clock runs only while this waits: a slow disk is not a silent network.
+      const timer = setTimeout(silent, settings.timeout * 1000);
+      const { done, value } = await reader.read().finally(() => clearTimeout(timer));
+      if (done) return;
+      yield value;
+    }
+  } catch (error) {
+    settings.signal.throwIfAborted();
+    throw error instanceof ConnectionError ? error : connectionError(url, error);
+  } finally {
+    controller.abort(); // whatever is left of the body
+  }
+}
+
+async function readAll(exchange: Exchange, limit: number, settings: Settings): Promise<Uint8Array | undefined> {
+  const chunks: Uint8Array[] = [];
+  let size = 0;
+  for await (const chunk of bodyOf(exchange, settings)) {
+    size += chunk.length;
+    if (size > limit) return undefined;
+    chunks.push(chunk);
+  }
+  return Buffer.concat(chunks);
+}
+
+type ConnectionReason = "certificate" | "not-tls" | "refused" | "silent" | "broken";
+
+/** A request that got no answer, or an answer that broke off. */
+class ConnectionError extends FetchWheelsError {
+  readonly reason: ConnectionReason;
+  /** Whether another try may help. */
+  readonly passing: boolean;
+
+  constructor(url: URL, reason: ConnectionReason, words: string, options: { hint?: string; cause?: unknown } = {}) {
+    super("network", `Cannot fetch ${quote(displayUrl(url))}: ${words}`, options);
+    this.reason = reason;
+    this.passing = reason !== "certificate" && reason !== "not-tls";
+  }
+}
+
+/** Sorts what `fetch` and `node:https` throw; both say it in words only, some of them with the whole URL in. */
+function connectionError(url: URL, error: unknown): ConnectionError {
+  const { message, cause } = error as Error;
+  const text = `${message} ${cause instanceof Error ? cause.message : ""} ${(error as { code?: string }).code ?? ""}`;
+  const says = (pattern: RegExp) => pattern.test(text);
+  if (says(/peer certificate|CERT|SELF_SIGNED|UNABLE_TO_/)) {
+    const detail = /peer certificate: (?:Other\(OtherError\()?(\w+)/.exec(text)?.[1] ?? message;
+    return new ConnectionError(url, "certificate", `its certificate is not trusted (${detail})`, {
+      hint: "trust it with --ca-file PEM (REGISTRY_CA_FILE), or accept any certificate with --insecure",
+      cause: error,
+    });
+  }
+  const [reason, words]: [ConnectionReason, string] = says(/InvalidContentType|WRONG_VERSION_NUMBER/)
+    ? ["not-tls", "it does not speak TLS"]
+    : says(/refused/i)
+    ? ["refused", "the connection is refused"]
+    : says(/dns error|ENOTFOUND|EAI_AGAIN/)
+    ? ["refused", "there is no such host"]
+    : says(/unreachable|no route/i)
+    ? ["refused", "the network is unreachable"]
+    : says(/timed? ?out/i)
+    ? ["silent", "the connection timed out"]
+    : ["broken", `the connection broke (${brief(text)})`];
+  const suggestHttp = url.protocol === "https:" && (reason === "not-tls" || words === "the connection is refused");
+  const hint = suggestHttp ? "if it speaks plain http: --protocol http (REGISTRY_PROTOCOL)" : undefined;
+  return new ConnectionError(url, reason, words, { hint, cause: error });
+}
+
+function network(action: string, url: URL, state: string): FetchWheelsError {
+  return new FetchWheelsError("network", `Cannot ${action} ${quote(displayUrl(url))}: ${state}`);
+}
+
+/** The last words of an error's chain, without the URL in the middle. */
+function brief(text: string): string {
+  return quote(text.trim().split(/\): |: (?=[a-z ]+$)/).at(-1) ?? text).slice(1, -1).slice(0, 120);
+}
+
+/** For people: without the query, which may be a signature, and without a password. */
+function displayUrl(url: URL): string {
+  return `${url.origin}${url.pathname}${url.search === "" ? "" : "?…"}`;
+}
+
+/** An answer that is no success, with the registry's own words (distribution specification, "Error Codes"). */
+async function statusError(
+  action: string,
+  value: string,
+  { exchange, settings, hint }: { exchange: Exchange; settings: Settings; hint?: string },
+): Promise<FetchWheelsError> {
+  const { response, url } = exchange;
+  const kind = response.status === 404 ? "not-found" : [401, 403].includes(response.status) ? "auth" : "network";
+  const said = await registryWords(exchange, settings);
+  const words = `${displayUrl(url)} answered ${response.status}${said === "" ? "" : ` (${said})`}`;
+  return new FetchWheelsError(kind, `Cannot ${action} ${quote(value)}: ${words}`, { hint });
+}
+
+async function registryWords(exchange: Exchange, settings: Settings): Promise<string> {
+  try {
+    const bytes = await readAll(exchange, MAX_ERROR_BYTES, settings);
+    const { errors, details, message } = JSON.parse(new TextDecoder().decode(bytes));
+    const words = (errors ?? []).map((e: { code?: string; message?: string }) =>
+      [e.code, e.message].filter(Boolean).join(": ")
+    );
+    return quote(words.join("; ") || details || message || "").slice(1, -1).slice(0, 300);
+  } catch {
+    return ""; // no JSON, or it broke off: the status must do, and it is in the message
+  }
+}
+
+/**
+ * `fetch`, but with the certificates that the user trusts. rustls, below `fetch`, refuses a server's certificate that is
+ * its own CA even when it is trusted, and cannot be told to accept any: then `node:https` does it.
+ */
+function trustingFetch(caFile: string | undefined, insecure: boolean): typeof globalThis.fetch {
+  if (insecure) return (input, init) => nodeFetch(input, init, { ca: [], rejectUnauthorized: false });
+  if (caFile === undefined) return globalThis.fetch;
+  const pem = readCertificates(caFile);
+  const pinned = pem.map((text) => Buffer.from(text.replace(/-----[^-]+-----|\s/g, ""), "base64"));
+  // The very certificate that the user gave needs no fitting name in it.
+  const checkServerIdentity = (host: string, certificate: tls.PeerCertificate) =>
+    pinned.some((raw) => raw.equals(certificate.raw)) ? undefined : tls.checkServerIdentity(host, certificate);
+  const client = Deno.createHttpClient({ caCerts: pem });
+  return async (input, init) => {
+    try {
+      return await fetch(input, { ...init, client });
+    } catch (error) {
+      if (!(error instanceof TypeError) || !/peer certificate/.test(String(error.cause))) throw error;
+      return await nodeFetch(input, init, { ca: pem, checkServerIdentity });
+    }
+  };
+}
+
+function readCertificates(file: string): string[] {
+  const text = onDisk("read", file, () => fs.readFileSync(file, "utf8"));
+  const found = text.match(/-----BEGIN CERTIFICATE-----[^-]+-----END CERTIFICATE-----/g);
+  if (found === null) throw usage("use certificates", file, "it holds no PEM certificate");
+  return [...found];
+}
+
+/** `node:https` in the shape of `fetch`, for GET. Proxies are taken from the environment, as `fetch` does by itself. */
+async function nodeFetch(
+  input: RequestInfo | URL,
+  init: RequestInit = {},
+  options: tls.ConnectionOptions,
+): Promise<Response> {
+  const url = new URL(input instanceof Request ? input.url : input);
+  if (url.protocol !== "https:") return await fetch(input, init);
+  const names = ["HTTPS_PROXY", "https_proxy", "NO_PROXY", "no_proxy"];
+  const proxyEnv = Object.fromEntries(names.map((name) => [name, Deno.env.get(name)]));
+  const agent = new https.Agent({ proxyEnv, ...options } as https.AgentOptions);
+  const headers = Object.fromEntries(new Headers(init.headers));
+  const signal = init.signal ?? undefined;
+  const sent = https.request(url, { ...options, agent, headers, signal });
+  sent.end();
+  const [answer] = await once(sent, "response");
+  const { statusCode: status, statusMessage: statusText } = answer;
+  const fields = Object.entries(answer.headers as Record<string, string | string[]>);
+  const isEmpty = status === 204 || status === 304;
+  return new Response(isEmpty ? null : Readable.toWeb(answer) as ReadableStream<Uint8Array<ArrayBuffer>>, {
+    status,
+    statusText,
+    headers: fields.flatMap(([name, value]) => [value].flat().map((one): [string, string] => [name, one])),
+  });
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 4 Auth: a 401's challenges to an Authorization header, on demand. A public image costs one token, a local one none.
+// ---------------------------------------------------------------------------------------------------------------------
+
+/** A registry, as far as one repository of it is concerned. */
+interface Registry {
+  /** GETs a path below `/v2/<repository>/`; answers that are no success are errors. */
+  get(path: string, accept?: string): Promise<Exchange>;
+}
+
+/** A header that was obtained, the challenge it answers, and until when it may be used. */
+interface Authorization {
+  header: string;
+  challenges: Challenge[];
+  realmBase: URL;
+  expires: number;
+}
+
+function openRegistry(image: ImageReference, settings: Settings): Registry {
+  let bases = baseUrls(image.registry, settings.protocol);
+  let authorization: Authorization | undefined;
+  const name = formatReference(image);
+
+  const get = async (path: string, accept?: string): Promise<Exchange> => {
+    const urls = bases.map((base) => new URL(`/v2/${image.repository}/${path}`, base));
+    const headers: Record<string, string> = accept === undefined ? {} : { accept };
+    if (authorization !== undefined && authorization.expires <= settings.now()) {
+      authorization = await authorize(authorization.challenges, authorization.realmBase, { image, settings });
+    }
+    for (let refusals = 0;; refusals++) {
+      const sent = authorization?.header;
+      const exchange = await request(
+        urls,
+        sent === undefined ? headers : { ...headers, authorization: sent },
+        settings,
+      );
+      bases = bases.filter((base) => bases.length === 1 || base.protocol === exchange.url.protocol);
+      if (exchange.response.ok) return exchange;
+      const fromRegistry = urls.some((url) => url.origin === exchange.url.origin);
+      const isFinal = sent !== undefined && (refusals > 1 || sent.startsWith("Basic "));
+      if (exchange.response.status !== 401 || !fromRegistry || isFinal) {
+        throw await statusError("fetch", name, { exchange, settings, hint: authHint(exchange.response, settings) });
+      }
+      const challenges = parseChallenges(exchange.response.headers.get("www-authenticate") ?? "");
+      await exchange.response.body?.cancel();
+      authorization = await authorize(challenges, exchange.url, { image, settings });
+    }
+  };
+  return { get };
+}
+
+function authHint(response: Response, { credentials }: Settings): string | undefined {
+  if (response.status === 404) return "check the name and the tag; some registries say so of private images, too";
+  if (response.status !== 401 && response.status !== 403) return undefined;
+  return credentials === undefined
+    ? `check the name; if the image is private, ${PASSWORD_HINT}`
+    : `check the user name and the password, and whether ${quote(credentials.username)} may pull this image`;
+}
+
+/** The Hub has a host of its own. Only names that cannot be reached from elsewhere are tried without TLS. */
+function baseUrls(registry: string, protocol: Settings["protocol"]): URL[] {
+  const host = registry === HUB ? HUB_HOST : registry;
+  if (protocol !== "detect") return [new URL(`${protocol}://${host}`)];
+  const https = new URL(`https://${host}`);
+  return isLocalName(https.hostname) ? [https, new URL(`http://${host}`)] : [https];
+}
+
+function isLocalName(host: string): boolean {
+  const isPrivate = /^(?:10|192\.168|172\.(?:1[6-9]|2\d|3[01])|169\.254)\.[\d.]+$|^\[(?:f[cd]|fe[89ab])/.test(host);
+  return isPrivate || isLoopback(host) || /^[^.:[\]]+$|\.(?:local|internal|localhost)$/.test(host);
+}
+
+function isLoopback(host: string): boolean {
+  return host === "localhost" || host === "[::1]" || /^127\.[\d.]+$/.test(host);
+}
+
+/** Plain http shows a password to everyone on the way: only where the user said so, or nobody is on the way. */
+function mayCarrySecrets(url: URL, { protocol }: Settings): boolean {
+  return url.protocol === "https:" || protocol === "http" || isLoopback(url.hostname);
+}
+
+/** Bearer first, then Basic, as the challenge allows. */
+async function authorize(
+  challenges: Challenge[],
+  realmBase: URL,
+  { image, settings }: { image: ImageReference; settings: Settings },
+): Promise<Authorization> {
+  const name = formatReference(image);
+  const fail = (state: string, hint?: string) =>
+    new FetchWheelsError("auth", `Cannot fetch ${quote(name)}: ${state}`, { hint });
+  const bearer = challenges.find(({ scheme, parameters }) => scheme === "bearer" && parameters.realm);
+  const isBasic = challenges.some(({ scheme }) => scheme === "basic");
+  if (bearer === undefined && !isBasic) {
+    const schemes = challenges.map(({ scheme }) => scheme).join(", ");
+    throw fail(`the registry answered 401 and asks for ${schemes || "nothing"} that this program has`);
+  }
+  const { credentials } = settings;
+  if (credentials !== undefined && !mayCarrySecrets(realmBase, settings)) {
+    throw fail(`no password is sent to ${displayUrl(realmBase)} over plain http`, "if that is meant: --protocol http");
+  }
+  if (bearer !== undefined) {
+    return { challenges, realmBase, ...await fetchToken(bearer, realmBase, { image, settings }) };
+  }
+  if (credentials === undefined) throw fail("the registry asks for a user name and a password", PASSWORD_HINT);
+  return { challenges, realmBase, header: basic(credentials), expires: Infinity };
+}
+
+/** Distribution project, "Token Authentication Specification". */
+async function fetchToken(
+  { parameters }: Challenge,
+  realmBase: URL,
+  { image, settings }: { image: ImageReference; settings: Settings },
+): Promise<Pick<Authorization, "header" | "expires">> {
+  const name = formatReference(image);
+  const { realm = "", service } = parameters;
+  const url = URL.canParse(realm, realmBase.href) ? new URL(realm, realmBase) : undefined;
+  if (url === undefined || !/^https?:$/.test(url.protocol)) {
+    throw new FetchWheelsError(
+      "auth",
+      `Cannot fetch ${quote(name)}: the token service ${quote(realm)} is no http(s) URL`,
+    );
+  }
+  const { credentials } = settings;
+  if (credentials !== undefined && !mayCarrySecrets(url, settings)) {
+    throw new FetchWheelsError(
+      "auth",
+      `Cannot fetch ${quote(name)}: no password is sent to ${displayUrl(url)} over plain http`,
+    );
+  }
+  if (service !== undefined) url.searchParams.set("service", service);
+  url.searchParams.set("scope", `repository:${image.repository}:pull`);
+  const asked = settings.now();
+  const exchange = await request(
+    [url],
+    credentials === undefined ? {} : { authorization: basic(credentials) },
+    settings,
+  );
+  if (!exchange.response.ok) {
+    throw await statusError("get a token for", name, {
+      exchange,
+      settings,
+      hint: authHint(exchange.response, settings),
+    });
+  }
+  const answer = parseJson(await readAll(exchange, MAX_TOKEN_BYTES, settings));
+  const token = answer?.token || answer?.access_token;
+  if (typeof token !== "string" || !/^[\x21-\x7e]+$/.test(token)) {
+    throw new FetchWheelsError(
+      "auth",
+      `Cannot get a token for ${quote(name)}: ${displayUrl(url)} answered without one`,
+    );
+  }
+  const seconds = Number(answer?.expires_in) > 0 ? Number(answer?.expires_in) : DEFAULT_TOKEN_SECONDS;
+  return { header: `Bearer ${token}`, expires: asked + seconds * 1000 };
+}
+
+// deno-lint-ignore no-explicit-any -- what others send may be anything, and is looked at field by field
+function parseJson(bytes: Uint8Array | undefined): Record<string, any> | undefined {
+  try {
+    const value = JSON.parse(new TextDecoder("utf-8", { fatal: true }).decode(bytes ?? new Uint8Array()));
+    return typeof value === "object" && value !== null && !Array.isArray(value) ? value : undefined;
+  } catch {
+    return undefined; // the caller says what it is that is no JSON
+  }
+}
+
+/**
+ * Reads a `WWW-Authenticate` header, which may hold several challenges (RFC 9110, section 11.6.1).
+ *
+ * @example
+ * ```ts
+ * import { parseChallenges } from "./fetch_wheels.ts";
+ * import assert from "node:assert/strict";
+ *
+ * assert.deepEqual(parseChallenges('Bearer realm="https://auth.example/token",service="r", Basic realm="r"'), [
+ *   { scheme: "bearer", parameters: { realm: "https://auth.example/token", service: "r" } },
+ *   { scheme: "basic", parameters: { realm: "r" } },
+ * ]);
+ * ```
+ *
+ * @param header The header's value; several headers are joined with commas, as `Headers` does
+ * @returns The challenges in their order; of a malformed header, what was readable before the fault
+ */
+export function parseChallenges(header: string): Challenge[] {
+  const challenges: Challenge[] = [];
+  let rest = header;
+  const take = (pattern: RegExp): RegExpExecArray | undefined => {
+    const match = pattern.exec(rest);
+    if (match === null) return undefined;
+    rest = rest.slice(match[0].length);
+    return match;
+  };
+  while (take(/^[\s,]+/) || rest !== "") {
+    // A parameter is a token and "=" before a value; anything else at the start of a list element is a new scheme.
+    const parameter = take(/^([!#$%&'*+.^_`|~\w-]+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([!#$%&'*+.^_`|~\w-]+))\s*(?=,|$)/);
+    const current = challenges.at(-1);
+    if (parameter !== undefined) {
+      const [, name = "", quoted, bare = ""] = parameter;
+      if (current === undefined || current.token68 !== undefined) return challenges;
+      current.parameters[name.toLowerCase()] ??= quoted?.replace(/\\(.)/g, "$1") ?? bare;
+      continue;
+    }
+    const scheme = take(/^([!#$%&'*+.^_`|~\w-]+)(?:\s+|(?=,|$))/);
+    if (scheme === undefined) return challenges;
+    const challenge: Challenge = { scheme: scheme[1]?.toLowerCase() ?? "", parameters: {} };
+    challenges.push(challenge);
+    const token68 = take(/^([\w.~+/-]+=*)\s*(?=,|$)/);
+    if (token68 !== undefined) challenge.token68 = token68[1];
+  }
+  return challenges;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 5 Manifest: tag to index to manifest to layer descriptor, each body checked against the digest that named it.
+// ---------------------------------------------------------------------------------------------------------------------
+
+/** An image's manifest, of whatever schema. */
+interface Manifest {
+  digest: string;
+  mediaType: string;
+  /** Base first. */
+  layers: Descriptor[];
+}
+
+/** What a manifest's path can lead to. */
+type Document = ({ kind: "image" } & Manifest) | { kind: "index"; entries: Descriptor[] };
+
+/** The manifest for one platform; an index that does not have it is an error that lists what it has. */
+async function resolveManifest(
+  image: ImageReference,
+  registry: Registry,
+  settings: Settings,
+): Promise<{ manifest: Manifest; platform: string | null }> {
+  const offered = new Set<string>();
+  let platform: string | null = null;
+
+  const descend = async (reference: string, depth: number): Promise<Manifest | undefined> => {
+    const document = await fetchDocument(reference, { image, registry, settings });
+    if (document.kind === "image") return document;
+    if (depth >= MAX_INDEX_DEPTH) {
+      throw integrity("resolve", formatReference(image), `its indexes nest more than ${MAX_INDEX_DEPTH} deep`);
+    }
+    const images = document.entries.filter(isImage);
+    images.filter(hasPlatform).forEach((entry) => offered.add(formatPlatform(entry.platform ?? {})));
+    const chosen = selectManifest(images, settings.platform);
+    if (chosen !== undefined && hasPlatform(chosen)) platform = formatPlatform(chosen.platform ?? {});
+    // Indexes within an index need not say a platform; then each of them is looked into.
+    const nested = images.filter((entry) => !hasPlatform(entry) && INDEX_TYPES.includes(entry.mediaType ?? ""));
+    for (const entry of chosen === undefined ? nested : [chosen]) {
+      const found = await descend(entry.digest, depth + 1);
+      if (found !== undefined) return found;
+    }
+    return undefined;
+  };
+
+  const manifest = await descend(image.digest ?? image.tag ?? "latest", 0);
+  if (manifest !== undefined) return { manifest, platform };
+  const wanted = formatPlatform(settings.platform);
+  const list = offered.size === 0 ? "it names no platform" : `it is for ${[...offered].join(", ")}`;
+  throw new FetchWheelsError("not-found", `Cannot find ${wanted} in ${quote(formatReference(image))}: ${list}`, {
+    hint: offered.size === 0 ? undefined : "choose one with --platform, if its wheels are what you want",
+  });
+}
+
+/**
+ * Chooses from an index as the OCI image specification means it, and never another architecture.
+ *
+ * @param entries The index's `manifests`
+ * @param platform The platform asked for
+ * @returns The entry, or undefined where none fits
+ */
+export function selectManifest(entries: Descriptor[], platform: Platform): Descriptor | undefined {
+  const images = entries.filter(isImage);
+  if (images.length === 1 && !images.some(hasPlatform)) return images[0];
+  const wanted = normalizePlatform(platform);
+  const fits = images.filter(hasPlatform)
+    .map((entry) => ({ entry, offered: normalizePlatform(entry.platform ?? {}) }))
+    .filter(({ offered }) => offered.os === wanted.os && offered.architecture === wanted.architecture);
+  const implied = IMPLIED_VARIANTS[wanted.architecture];
+  const fit = platform.variant
+    ? fits.find(({ offered }) => (offered.variant ?? implied) === wanted.variant)
+    : fits.find(({ entry }) => !entry.platform?.variant) ?? fits.find(({ offered }) => offered.variant === implied) ??
+      fits[0];
+  return fit?.entry;
+}
+
+/** What an architecture means that is named without a variant. */
+const IMPLIED_VARIANTS: Record<string, string> = { amd64: "v1", arm64: "v8", arm: "v7" };
+
+/** Attestations stand in an index beside the images that they are about. */
+function isImage({ platform, annotations }: Descriptor): boolean {
+  const isUnknown = platform?.os === "unknown" && platform.architecture === "unknown";
+  return !isUnknown && annotations?.["vnd.docker.reference.type"] === undefined;
+}
+
+function hasPlatform({ platform }: Descriptor): boolean {
+  return Boolean(platform?.os && platform.architecture);
+}
+
+async function fetchDocument(
+  reference: string,
+  { image, registry, settings }: { image: ImageReference; registry: Registry; settings: Settings },
+): Promise<Document> {
+  const accept = [...INDEX_TYPES, ...MANIFEST_TYPES, ...SCHEMA1_TYPES].join(", ");
+  const exchange = await registry.get(`manifests/${reference}`, accept);
+  const body = await readAll(exchange, MAX_MANIFEST_BYTES, settings);
+  const name = formatReference(DIGEST.test(reference) ? { ...image, tag: undefined, digest: reference } : image);
+  const fail = (state: string) => integrity("read manifest", name, state);
+  if (body === undefined) throw fail(`it has more than ${MAX_MANIFEST_BYTES} bytes`);
+  const json = parseJson(body);
+  const signed = json === undefined ? body : signedPayload(json, body);
+  const isNamed = DIGEST.test(reference);
+  const digest = digestOf(signed, isNamed ? reference : "sha256:");
+  if (isNamed && digest !== reference && digestOf(body, reference) !== reference) {
+    throw fail(`its bytes have the digest ${digest}`);
+  }
+  if (json === undefined) throw fail("it is no JSON object");
+  return readDocument(json, { digest, contentType: exchange.response.headers.get("content-type") ?? "", fail });
+}
+
+function digestOf(bytes: Uint8Array, like: string): string {
+  const algorithm = like.slice(0, like.indexOf(":"));
+  return `${algorithm}:${createHash(algorithm).update(bytes).digest("hex")}`;
+}
+
+/** A signed schema 1 manifest is named by the digest of its payload, which its signature says how to restore. */
+function signedPayload(json: NonNullable<ReturnType<typeof parseJson>>, body: Uint8Array): Uint8Array {
+  const header = json.signatures?.[0]?.protected;
+  if (json.schemaVersion !== 1 || typeof header !== "string") return body;
+  const format = parseJson(Buffer.from(header, "base64url"));
+  if (!Number.isInteger(format?.formatLength) || typeof format?.formatTail !== "string") return body;
+  return Buffer.concat([body.subarray(0, format.formatLength), Buffer.from(format.formatTail, "base64url")]);
+}
+
+/** The type is what the body says, else what the header says, else what the JSON looks like. */
+function readDocument(
+  json: NonNullable<ReturnType<typeof parseJson>>,
+  { digest, contentType, fail }: { digest: string; contentType: string; fail: (state: string) => FetchWheelsError },
+): Document {
+  const known = [...INDEX_TYPES, ...MANIFEST_TYPES, ...SCHEMA1_TYPES];
+  const looks = Array.isArray(json.manifests)
+    ? INDEX_TYPES[0]
+    : Array.isArray(json.layers)
+    ? MANIFEST_TYPES[0]
+    : Array.isArray(json.fsLayers)
+    ? SCHEMA1_TYPES[1]
+    : undefined;
+  const headed = contentType.split(";")[0]?.trim().toLowerCase();
+  const mediaType = [json.mediaType, headed, looks].find((type) => known.includes(type));
+  if (mediaType === undefined) throw fail("it is neither an index nor a manifest");
+  if (INDEX_TYPES.includes(mediaType)) {
+    return { kind: "index", entries: readDescriptors(json.manifests, fail) };
+  }
+  // Schema 1 lists the final layer first, and says nothing of sizes.
+  const layers = SCHEMA1_TYPES.includes(mediaType)
+    ? readDescriptors(json.fsLayers?.map?.((layer: { blobSum?: unknown }) => ({ digest: layer?.blobSum })), fail)
+      .reverse()
+    : readDescriptors(json.layers, fail);
+  return { kind: "image", digest, mediaType, layers };
+}
+
+function readDescriptors(value: unknown, fail: (state: string) => FetchWheelsError): Descriptor[] {
+  if (!Array.isArray(value)) throw fail("it lists neither manifests nor layers, as its media type promises");
+  for (const { digest, size } of value.map((entry) => entry ?? {})) {
+    if (typeof digest !== "string" || !DIGEST.test(digest)) throw fail(`${quote(String(digest))} in it is no digest`);
+    if (size !== undefined && !(Number.isSafeInteger(size) && size >= 0)) throw fail(`the size of ${digest} is none`);
+  }
+  return value;
+}
+
+function finalLayer({ layers }: Manifest, name: string): { layer: Descriptor; info: LayerInfo } {
+  const layer = layers.at(-1);
+  if (layer === undefined) throw new FetchWheelsError("not-found", `Cannot fetch ${quote(name)}: it has no layers`);
+  const { digest, size = null, mediaType = null } = layer;
+  return { layer, info: { digest, size, mediaType, index: layers.length, count: layers.length } };
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 6 Layer: the blob's bytes. They end well only when digest and size are right, so nobody downstream can forget to ask.
+// ---------------------------------------------------------------------------------------------------------------------
+
+async function* blobBytes(layer: Descriptor, registry: Registry, settings: Settings): AsyncGenerator<Uint8Array> {
+  const exchange = await registry.get(`blobs/${layer.digest}`);
+  yield* bodyOf(exchange, settings);
+}
+
+/** Passes bytes on and counts them; throws at their end, or as soon as there are too many, unless they are the right ones. */
+async function* verified(bytes: AsyncIterable<Uint8Array>, { digest, size }: Descriptor): AsyncGenerator<Uint8Array> {
+  const hash = createHash(digest.slice(0, digest.indexOf(":")));
+  let received = 0;
+  for await (const chunk of bytes) {
+    received += chunk.length;
+    if (size !== undefined && received > size) {
+      throw integrity("verify layer", digest, `more than its ${size} bytes came`);
+    }
+    hash.update(chunk);
+    yield chunk;
+  }
+  if (size !== undefined && received < size) {
+    throw integrity("verify layer", digest, `${received} of its ${size} bytes came`);
+  }
+  const actual = hash.digest("hex");
+  if (!digest.endsWith(`:${actual}`)) throw integrity("verify layer", digest, `its bytes hash to ${actual}`);
+}
+
+/** gzip, zstd or neither, by what the first bytes say. Reads its input to the end, whatever the decoder thinks of it. */
+async function* decompress(bytes: AsyncIterable<Uint8Array>): AsyncGenerator<Uint8Array> {
+  const input = bytes[Symbol.asyncIterator]();
+  try {
+    const head = await readHead(input, 4);
+    const decoder = decoderFor(head);
+    if (decoder === undefined) {
+      yield head;
+      yield* { [Symbol.asyncIterator]: () => input };
+      return;
+    }
+    const feeding = feed(decoder, head, input);
+    try {
+      for await (const chunk of decoder) yield chunk;
+    } catch (error) {
+      const isDecoders = error instanceof Error && ("code" in error || error.message.startsWith("Zstd"));
+      throw isDecoders ? integrity("decompress", "the layer", error.message, error) : error;
+    } finally {
+      decoder.destroy();
+    }
+    const failure = await feeding;
+    if (failure !== undefined) throw failure;
+  } finally {
+    await input.return?.();
+  }
+}
+
+async function readHead(input: AsyncIterator<Uint8Array>, length: number): Promise<Uint8Array> {
+  let head: Uint8Array = new Uint8Array();
+  while (head.length < length) {
+    const { done, value } = await input.next();
+    if (done) break;
+    head = head.length === 0 ? value : Buffer.concat([head, value]);
+  }
+  return head;
+}
+
+/** RFC 1952 and RFC 8878. Not `DecompressionStream`: it refuses gzip of several members, as pigz and eStargz write it. */
+function decoderFor([a, b, c, d]: Uint8Array): Duplex | undefined {
+  const options = { chunkSize: INFLATE_CHUNK_BYTES };
+  if (a === 0x1f && b === 0x8b) return createGunzip(options);
+  if (a === 0x28 && b === 0xb5 && c === 0x2f && d === 0xfd) return createZstdDecompress(options);
+  return undefined;
+}
+
+/**
+ * Not `pipeline`: it stops reading when a decoder has all that it wants, and then the rest would go unverified. Returns
+ * what went wrong only where the decoder can no longer pass it on.
+ */
+async function feed(decoder: Duplex, head: Uint8Array, input: AsyncIterator<Uint8Array>): Promise<unknown> {
+  let isOver = false;
+  const over = new Promise<void>((resolve) => {
+    for (const event of ["end", "error", "close"]) decoder.once(event, () => resolve(void (isOver = true)));
+  });
+  try {
+    for (let chunk: Uint8Array | undefined = head; chunk !== undefined;) {
+      if (!isOver && !decoder.write(chunk)) await Promise.race([once(decoder, "drain").catch(() => {}), over]);
+      const next = await input.next();
+      chunk = next.done ? undefined : next.value;
+    }
+    decoder.end();
+    return undefined;
+  } catch (error) {
+    decoder.destroy(error as Error);
+    return isOver ? error : undefined;
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 7 Tar: members, made safe. An archive that tries to reach outside is refused whole, for nothing in it can be trusted.
+// ---------------------------------------------------------------------------------------------------------------------
+
+/** A member as it may be written: its path is relative, clean and inside. */
+type Member =
+  | { kind: "file"; path: string; mode: number; mtime: Date | undefined; body: ReadableStream<Uint8Array> }
+  | { kind: "directory"; path: string; mode: number }
+  | { kind: "hardlink"; path: string; target: string }
+  | { kind: "symlink"; path: string; target: string }
+  | { kind: "skipped"; path: string; reason: string };
+
+async function* tarMembers(bytes: AsyncIterable<Uint8Array>): AsyncGenerator<Member> {
+  const entries = ReadableStream.from(refuseOddTypes(bytes)).pipeThrough(createTarDecoder({ strict: true }));
+  try {
+    for await (const entry of entries) {
+      const member = safeMember(entry);
+      if (member?.kind !== "file") await entry.body.cancel();
+      if (member !== undefined) yield member;
+    }
+  } catch (error) {
+    const isTar = error instanceof Error && error.constructor === Error && !("code" in error);
+    throw isTar ? integrity("read archive", "the layer", error.message.replace(/\.$/, ""), error) : error;
+  }
+}
+
+/** The member, with every rule applied; undefined for the archive's own root. */
+function safeMember({ header, body }: ParsedTarEntry): Member | undefined {
+  const fail = (state: string) => integrity("read archive member", header.name, state);
+  const pax = header.pax ?? {};
+  const sparse = Object.keys(pax).find((key) => key.startsWith("GNU.sparse."));
+  if (sparse !== undefined) throw fail("it is a GNU sparse file, which is not supported");
+  if (pax.size !== undefined && !/^\d+$/.test(pax.size)) throw fail(`${quote(pax.size)} is no size`);
+  if (!Number.isSafeInteger(header.size)) throw fail(`${header.size} is no size`);
+  if (header.name.includes("\ufffd")) throw fail("its name is not UTF-8");
+
+  const path = insidePath(pax.path ?? header.name, header.name);
+  if (path === "") {
+    if (header.type === "directory") return undefined;
+    throw fail("it has no name");
+  }
+  if (path.split("/").some((component) => component.startsWith("."))) {
+    return { kind: "skipped", path, reason: 'its path has a component that begins with "."' };
+  }
+  const mode = header.mode ?? 0;
+  const linkname = pax.linkpath ?? header.linkname ?? "";
+  switch (header.type) {
+    case "file":
+    case undefined:
+      return { kind: "file", path, mode: (mode & 0o777) | 0o600, mtime: header.mtime, body };
+    case "directory":
+      return { kind: "directory", path, mode: (mode & 0o777) | 0o700 };
+    case "link":
+      return { kind: "hardlink", path, target: insidePath(linkname, header.name) };
+    case "symlink":
+      if (/^$|\0/.test(linkname)) throw fail("it links to nowhere");
+      return { kind: "symlink", path, target: linkname };
+    default:
+      return { kind: "skipped", path, reason: `it is a ${header.type}` };
+  }
+}
+
+/** A path without `.` and empty components. One that could lead outside condemns the archive. */
+function insidePath(path: string, member: string): string {
+  const fail = (state: string) => unsafe(member, state);
+  if (path.startsWith("/")) throw fail(`the path ${quote(path)} is absolute`);
+  if (path.includes("\0")) throw fail(`the path ${quote(path)} holds a NUL`);
+  const components = path.split("/").filter((component) => component !== "" && component !== ".");
+  if (components.includes("..")) throw fail(`the path ${quote(path)} holds ".."`);
+  return components.join("/");
+}
+
+function unsafe(member: string, state: string): FetchWheelsError {
+  return new FetchWheelsError("unsafe", `Cannot extract ${quote(member)}: ${state}`, {
+    hint: "the archive was refused whole; look at who made it",
+  });
+}
+
+/**
+ * Passes an archive on, but not with members whose type the decoder does not know: it would take a GNU sparse file, a
+ * part of a multi-volume one or a volume's label for a plain file, and its contents would be wrong without a word.
+ */
+async function* refuseOddTypes(bytes: AsyncIterable<Uint8Array>): AsyncGenerator<Uint8Array> {
+  let reading: "header" | "pax" | "body" = "header";
+  let left = 512;
+  let kept: Uint8Array[] = [];
+  let paxSize: number | undefined; // stands for the next member's own size
+  for await (const chunk of bytes) {
+    for (let at = 0; at < chunk.length;) {
+      const piece = chunk.subarray(at, at + left);
+      at += piece.length;
+      left -= piece.length;
+      if (reading !== "body") kept.push(piece);
+      if (left > 0) break;
+      const block = Buffer.concat(kept);
+      kept = [];
+      const body: MemberBody = reading === "header" ? bodyAfter(block, paxSize) : { reading: "body", size: 0 };
+      if (reading === "pax") paxSize = sizeInPax(block);
+      else if (reading === "header" && body.reading === "body" && !isMetadata(block)) paxSize = undefined;
+      reading = body.size > 0 ? body.reading : "header";
+      left = body.size > 0 ? Math.ceil(body.size / 512) * 512 : 512;
+    }
+    yield chunk;
+  }
+}
+
+/** What follows a header: PAX records, which are wanted, or a body, which is not. */
+interface MemberBody {
+  reading: "pax" | "body";
+  size: number;
+}
+
+function bodyAfter(header: Uint8Array, paxSize: number | undefined): MemberBody {
+  if (header[0] === 0) return { reading: "body", size: Infinity }; // the archive's end, or a name that the decoder refuses
+  const type = String.fromCharCode(header[156] ?? 0);
+  if (!"\x000123456".includes(type) && !"7xgLK".includes(type)) {
+    const name = new TextDecoder().decode(header.subarray(0, header.indexOf(0)));
+    const what = type === "S" ? "a GNU sparse file" : `of type ${quote(type)}`;
+    throw integrity("read archive member", name, `it is ${what}, which is not supported`);
+  }
+  const field = header.subarray(124, 136);
+  const size = field[0] === 0x80
+    ? field.subarray(1).reduce((sum, byte) => sum * 256 + byte, 0)
+    : parseInt(new TextDecoder().decode(field), 8) || 0;
+  if ("123456".includes(type)) return { reading: "body", size: 0 };
+  if (type === "x" && size <= MAX_PAX_BYTES) return { reading: "pax", size };
+  return { reading: "body", size: isMetadata(header) ? size : paxSize ?? size };
+}
+
+function isMetadata(header: Uint8Array): boolean {
+  return "xgLK".includes(String.fromCharCode(header[156] ?? 0));
+}
+
+function sizeInPax(records: Uint8Array): number | undefined {
+  const size = /(?:^|\n)\d+ size=(\d+)\n/.exec(new TextDecoder().decode(records))?.[1];
+  return size === undefined ? undefined : Number(size);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 8 Disk: everything is written to a staging directory, and renamed into place when all of it is known to be right.
+// ---------------------------------------------------------------------------------------------------------------------
+
+/** Where the bytes go. Disposing of it removes whatever was not published. */
+interface Target extends Disposable {
+  receive(bytes: AsyncIterable<Uint8Array>): Promise<Pick<FetchResult, "files" | "skipped">>;
+}
+
+/** The tree of an archive, on DEST's file system and out of sight until it is published. */
+class StagedTree implements Target {
+  readonly #dest: string;
+  readonly #root: string;
+  readonly #tree: string;
+  /** The topmost directory that had to be made for the staging directory, if any. */
+  readonly #made: string | undefined;
+  #isPublished = false;
+  /** Paths that are there so far, parents before children. */
+  readonly #entries = new Map<string, { kind: "file" | "directory" | "symlink"; size: number }>();
+  readonly #symlinks = new Map<string, string>();
+  readonly #skipped: { path: string; reason: string }[] = [];
+
+  constructor(dest: string) {
+    const exists = onDisk("use", dest, () => {
+      const stat = fs.statSync(dest, { throwIfNoEntry: false });
+      if (stat !== undefined && !stat.isDirectory()) throw occupied(dest, "it is no directory");
+      return stat !== undefined;
+    });
+    this.#dest = dest;
+    this.#root = exists ? join(dest, stagingName("")) : join(dirname(dest), stagingName(basename(dest)));
+    this.#tree = join(this.#root, "new");
+    this.#made = onDisk("create", dest, () => fs.mkdirSync(dirname(this.#root), { recursive: true }));
+    onDisk("create", this.#root, () => fs.mkdirSync(this.#root));
+    onDisk("create", this.#tree, () => fs.mkdirSync(this.#tree));
+  }
+
+  async receive(bytes: AsyncIterable<Uint8Array>): Promise<Pick<FetchResult, "files" | "skipped">> {
+    for await (const member of tarMembers(decompress(bytes))) await this.#add(member);
+    for (const [path, target] of this.#symlinks) {
+      assertInside(path, this.#symlinks);
+      onDisk("create", path, () => fs.symlinkSync(target, join(this.#tree, path)));
+    }
+    const files = [...this.#entries].filter(([, { kind }]) => kind !== "directory")
+      .map(([path, { size }]) => ({ path, size }));
+    if (files.length === 0) {
+      throw new FetchWheelsError("not-found", "Cannot extract the layer: it holds no file", {
+        hint: 'members with a path component that begins with "." are left out',
+      });
+    }
+    this.#publish();
+    return { files, skipped: this.#skipped };
+  }
+
+  async #add(member: Member): Promise<void> {
+    const { kind, path } = member;
+    if (kind === "skipped") return void this.#skipped.push({ path, reason: member.reason });
+    this.#makeParents(path);
+    const full = join(this.#tree, path);
+    if (kind === "directory") {
+      this.#makeDirectory(path);
+      return onDisk("create", path, () => fs.chmodSync(full, member.mode));
+    }
+    this.#makeRoom(path);
+    switch (kind) {
+      case "file": {
+        const size = await writeMember(full, member);
+        return void this.#entries.set(path, { kind, size });
+      }
+      case "hardlink": {
+        const target = this.#entries.get(member.target);
+        const isWritten = target !== undefined && target.kind !== "directory" && member.target !== path;
+        if (!isWritten) {
+          throw integrity("extract", path, `it links to ${quote(member.target)}, which is no file before it`);
+        }
+        this.#entries.set(path, target);
+        const link = this.#symlinks.get(member.target);
+        if (link !== undefined) return void this.#symlinks.set(path, link);
+        return onDisk("create", path, () => fs.linkSync(join(this.#tree, member.target), full));
+      }
+      case "symlink":
+        this.#symlinks.set(path, member.target);
+        return void this.#entries.set(path, { kind, size: 0 });
+    }
+  }
+
+  #makeParents(path: string): void {
+    for (let slash = path.indexOf("/"); slash > 0; slash = path.indexOf("/", slash + 1)) {
+      const parent = path.slice(0, slash);
+      const there = this.#entries.get(parent)?.kind;
+      if (there === "symlink") throw unsafe(path, `it would be written through the symbolic link ${quote(parent)}`);
+      if (there === "file") throw integrity("extract", path, `${quote(parent)} is a file before it`);
+      this.#makeDirectory(parent);
+    }
+  }
+
+  #makeDirectory(path: string): void {
+    const there = this.#entries.get(path)?.kind;
+    if (there === "directory") return;
+    if (there !== undefined) throw integrity("extract", path, `it is a directory, and a ${there} before`);
+    onDisk("create", path, () => fs.mkdirSync(join(this.#tree, path)));
+    this.#entries.set(path, { kind: "directory", size: 0 });
+  }
+
+  /** The last of several members of one name is the one that counts, as for tar. */
+  #makeRoom(path: string): void {
+    const there = this.#entries.get(path)?.kind;
+    if (there === "directory") throw integrity("extract", path, "it is no directory, but one before");
+    if (there === "file") onDisk("replace", path, () => fs.unlinkSync(join(this.#tree, path)));
+    this.#symlinks.delete(path);
+    this.#entries.delete(path);
+  }
+
+  #publish(): void {
+    if (!this.#root.startsWith(join(this.#dest, "/")) && this.#renameTree()) return;
+    const order = ([path, { kind }]: [string, { kind: string }]) =>
+      kind === "directory" ? 0 : path.endsWith(".txt") ? 2 : 1;
+    const undo: (() => void)[] = [];
+    try {
+      // Constraints last: what reads them may then count on the wheels.
+      for (const [path, { kind }] of [...this.#entries].sort((a, b) => order(a) - order(b))) {
+        const target = join(this.#dest, path);
+        onDisk("publish", target, () => undo.push(this.#place(path, target, kind === "directory")));
+      }
+    } catch (error) {
+      undo.reverse().forEach((step) => step());
+      throw error;
+    }
+    this.#isPublished = true;
+  }
+
+  /** The quick way, where DEST is not there: one rename. False if it is there by now. */
+  #renameTree(): boolean {
+    try {
+      fs.renameSync(this.#tree, this.#dest);
+      return this.#isPublished = true;
+    } catch (error) {
+      if (["EEXIST", "ENOTEMPTY"].includes((error as NodeJS.ErrnoException).code ?? "")) return false;
+      throw diskError("publish", this.#dest, error);
+    }
+  }
+
+  /** Moves one entry into place, and returns what takes it back. */
+  #place(path: string, target: string, isDirectory: boolean): () => void {
+    const staged = join(this.#tree, path);
+    const there = fs.lstatSync(target, { throwIfNoEntry: false });
+    if (isDirectory) {
+      if (there?.isSymbolicLink()) throw unsafe(path, `${quote(target)} is a symbolic link`);
+      if (there !== undefined && !there.isDirectory()) throw occupied(target, "it is no directory");
+      if (there !== undefined) return () => {};
+      fs.mkdirSync(target);
+      fs.chmodSync(target, fs.statSync(staged).mode & 0o777);
+      return () => fs.rmdirSync(target);
+    }
+    if (there?.isDirectory()) throw occupied(target, "it is a directory");
+    if (there === undefined) {
+      fs.renameSync(staged, target);
+      return () => fs.unlinkSync(target);
+    }
+    const backup = join(this.#root, `old-${path.replaceAll("/", "-").slice(-100)}-${crypto.randomUUID()}`);
+    fs.renameSync(target, backup);
+    try {
+      fs.renameSync(staged, target);
+    } catch (error) {
+      fs.renameSync(backup, target);
+      throw error;
+    }
+    return () => fs.renameSync(backup, target);
+  }
+
+  [Symbol.dispose](): void {
+    onDisk("remove", this.#root, () => fs.rmSync(this.#root, { recursive: true, force: true }));
+    if (this.#isPublished || this.#made === undefined) return;
+    for (let made = dirname(this.#root); made.startsWith(this.#made); made = dirname(made)) {
+      if (fs.readdirSync(made).length > 0) return;
+      onDisk("remove", made, () => fs.rmdirSync(made));
+    }
+  }
+}
+
+async function writeMember(full: string, { path, body, mode, mtime }: Member & { kind: "file" }): Promise<number> {
+  let size = 0;
+  // Synchronous, for it is much the faster way to write thousands of small files.
+  const file = onDisk("create", path, () => fs.openSync(full, "wx", mode));
+  try {
+    for await (const chunk of body) {
+      onDisk("write", path, () => writeFully(file, chunk));
+      size += chunk.length;
+    }
+    onDisk("write", path, () => {
+      fs.fchmodSync(file, mode); // what was given to open is subject to the umask
+      if (mtime !== undefined && Number.isFinite(mtime.getTime())) fs.futimesSync(file, mtime, mtime);
+    });
+  } finally {
+    fs.closeSync(file);
+  }
+  return size;
+}
+
+function writeFully(file: number, bytes: Uint8Array): void {
+  for (let written = 0; written < bytes.length;) written += fs.writeSync(file, bytes, written);
+}
+
+/** Walks a link's target as the kernel would, through the archive's other links, and refuses to leave the root. */
+function assertInside(path: string, symlinks: Map<string, string>): void {
+  const place = path.split("/").slice(0, -1);
+  const todo = [symlinks.get(path) ?? ""];
+  for (let links = 1; todo.length > 0;) {
+    const text = todo.pop() ?? "";
+    if (text.startsWith("/")) throw unsafe(path, `it links to the absolute path ${quote(text)}`);
+    const [component = "", ...rest] = text.split("/");
+    if (rest.length > 0) todo.push(rest.join("/").replace(/^\/+/, ""));
+    if (component === "" || component === ".") continue;
+    if (component !== "..") place.push(component);
+    else if (place.pop() === undefined) throw unsafe(path, `it links to ${quote(symlinks.get(path) ?? "")}, outside`);
+    const next = component === ".." ? undefined : symlinks.get(place.join("/"));
+    if (next === undefined) continue;
+    if (++links > MAX_LINKS) throw unsafe(path, "its links go round in a circle");
+    place.pop();
+    todo.push(next);
+  }
+}
+
+/** A tarball as it is: a file that appears when it is whole, or a stream. */
+class Tarball implements Target {
+  readonly #output: string | WritableStream<Uint8Array>;
+  readonly #staged: string | undefined;
+
+  constructor(output: string | WritableStream<Uint8Array>) {
+    this.#output = output;
+    if (typeof output !== "string") return;
+    const there = onDisk("use", output, () => fs.statSync(output, { throwIfNoEntry: false }));
+    if (there?.isDirectory()) throw occupied(output, "it is a directory");
+    // A device or a pipe must be written to, not replaced.
+    if (there === undefined || there.isFile()) this.#staged = join(dirname(output), stagingName(basename(output)));
+    onDisk("write", output, () => fs.closeSync(fs.openSync(this.#staged ?? output, this.#staged ? "wx" : "w")));
+  }
+
+  async receive(bytes: AsyncIterable<Uint8Array>): Promise<Pick<FetchResult, "files" | "skipped">> {
+    const output = this.#output;
+    if (typeof output !== "string") {
+      await ReadableStream.from(bytes).pipeTo(output, { preventClose: true });
+      return { files: [], skipped: [] };
+    }
+    const file = onDisk("write", output, () => fs.openSync(this.#staged ?? output, "w"));
+    try {
+      for await (const chunk of bytes) onDisk("write", output, () => writeFully(file, chunk));
+    } finally {
+      fs.closeSync(file);
+    }
+    const staged = this.#staged;
+    if (staged !== undefined) onDisk("publish", output, () => fs.renameSync(staged, output));
+    return { files: [], skipped: [] };
+  }
+
+  [Symbol.dispose](): void {
+    const staged = this.#staged;
+    if (staged !== undefined) onDisk("remove", staged, () => fs.rmSync(staged, { force: true }));
+  }
+}
+
+/** Hidden, so that nobody takes it for a wheel, and with its owner's number, so that it can be told when it is dead. */
+function stagingName(name: string): string {
+  return `.${name}${name && "."}fetch_wheels-${process.pid}-${crypto.randomUUID().slice(0, 8)}`;
+}
+
+function occupied(path: string, state: string): FetchWheelsError {
+  return new FetchWheelsError("io", `Cannot write ${quote(path)}: ${state}`);
+}
+
+function onDisk<T>(action: string, path: string, body: () => T): T {
+  try {
+    return body();
+  } catch (error) {
+    throw diskError(action, path, error);
+  }
+}
+
+function diskError(action: string, path: string, error: unknown): unknown {
+  const { code, message } = error as NodeJS.ErrnoException;
+  if (error instanceof FetchWheelsError || error instanceof Deno.errors.NotCapable || code === undefined) return error;
+  const state = DISK_STATES[code] ?? message;
+  return new FetchWheelsError("io", `Cannot ${action} ${quote(path)}: ${state}`, { cause: error });
+}
+
+const DISK_STATES: Record<string, string> = {
+  ENOSPC: "no space is left on the disk",
+  EDQUOT: "the disk quota is used up",
+  EACCES: "permission denied",
+  EPERM: "permission denied",
+  EROFS: "the file system is read-only",
+  EISDIR: "it is a directory",
+  ENOTDIR: "a part of its path is no directory",
+  ENOENT: "no such file or directory",
+  EEXIST: "it is there already",
+  ENAMETOOLONG: "the name is too long",
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 9 Sources: the same bytes from a registry, a URL or a file.
+// ---------------------------------------------------------------------------------------------------------------------
+
+/** What a source's text means. */
+type Source = { kind: "image"; image: ImageReference } | { kind: "url"; url: URL } | { kind: "file"; path: string };
+
+function parseSource(text: string): Source {
+  if (/^https?:\/\//i.test(text)) {
+    if (!URL.canParse(text)) throw usage("parse URL", text.split("?")[0] ?? "", "it is none");
+    return { kind: "url", url: new URL(text) };
+  }
+  if (/^\.{0,2}\//.test(text)) return { kind: "file", path: text };
+  return { kind: "image", image: parseImageReference(text) };
+}
+
+/** Bytes on their way, and all that is known about them. */
+interface OpenedSource extends Pick<FetchResult, "image" | "platform" | "manifest" | "layer"> {
+  bytes: AsyncIterable<Uint8Array>;
+}
+
+async function openSource(source: Source, settings: Settings): Promise<OpenedSource> {
+  switch (source.kind) {
+    case "image":
+      return await openImage(source.image, settings);
+    case "url":
+      return { ...NO_IMAGE, bytes: await openUrl(source.url, settings) };
+    case "file":
+      return { ...NO_IMAGE, bytes: openFile(source.path) };
+  }
+}
+
+const NO_IMAGE = { image: null, platform: null, manifest: null, layer: null };
+
+async function openImage(image: ImageReference, settings: Settings): Promise<OpenedSource> {
+  const registry = openRegistry(image, settings);
+  const { manifest, platform } = await resolveManifest(image, registry, settings);
+  const { layer, info } = finalLayer(manifest, formatReference(image));
+  settings.onProgress({ type: "resolved", image, layer: info, platform });
+  const { registry: host, repository, tag = null, digest = null } = image;
+  return {
+    image: { registry: host, repository, tag, digest },
+    platform,
+    manifest: { digest: manifest.digest, mediaType: manifest.mediaType },
+    layer: info,
+    bytes: verified(blobBytes(layer, registry, settings), layer),
+  };
+}
+
+async function openUrl(url: URL, settings: Settings): Promise<AsyncIterable<Uint8Array>> {
+  const [username, password] = [url.username, url.password].map(decodeURIComponent) as [string, string];
+  const bare = new URL(url);
+  bare.username = bare.password = "";
+  const headers: Record<string, string> = username === "" ? {} : { authorization: basic({ username, password }) };
+  const exchange = await request([bare], headers, settings);
+  if (!exchange.response.ok) throw await statusError("fetch", displayUrl(url), { exchange, settings });
+  return bodyOf(exchange, settings);
+}
+
+function openFile(path: string): AsyncIterable<Uint8Array> {
+  const stat = onDisk("read", path, () => fs.statSync(path, { throwIfNoEntry: false }));
+  if (stat === undefined) throw new FetchWheelsError("not-found", `Cannot read ${quote(path)}: there is no such file`);
+  if (stat.isDirectory()) throw new FetchWheelsError("io", `Cannot read ${quote(path)}: it is a directory`);
+  return readFile(path);
+}
+
+async function* readFile(path: string): AsyncGenerator<Uint8Array> {
+  try {
+    for await (const chunk of fs.createReadStream(path, { highWaterMark: INFLATE_CHUNK_BYTES })) yield chunk;
+  } catch (error) {
+    throw diskError("read", path, error);
+  }
+}
+
+/** Passes bytes on, tells of them, and stops when it is told to. */
+async function* watched(bytes: AsyncIterable<Uint8Array>, progress: Progress): AsyncGenerator<Uint8Array> {
+  const { settings, total } = progress;
+  for await (const chunk of bytes) {
+    settings.signal.throwIfAborted();
+    progress.received += chunk.length;
+    settings.onProgress({ type: "bytes", received: progress.received, total });
+    yield chunk;
+  }
+}
+
+/** How far the source has been read. */
+interface Progress {
+  received: number;
+  total?: number;
+  settings: Settings;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 10 Command line: options, help, output, exit code. stdout carries data only; all else goes to stderr, line by line.
+// ---------------------------------------------------------------------------------------------------------------------
+
+/** The outside world, as far as the command line touches it. */
+export interface Io {
+  /** Value of an environment variable. */
+  env(name: string): string | undefined;
+  /** For `--password-stdin`. */
+  stdin: ReadableStream<Uint8Array>;
+  /** For data: help, version, the tarball. */
+  stdout: WritableStream<Uint8Array>;
+  /** For everything else, in whole lines. */
+  stderr(text: string): void;
+  /** Stops everything; its reason may be a `FetchWheelsError` that says why. */
+  signal?: AbortSignal;
+}
+
+/**
+ * The command line.
+ *
+ * @param args Arguments, without the program's name
+ * @param io The outside world
+ * @returns Exit code
+ */
+export async function main(args: string[], io: Io): Promise<number> {
+  const log = (text: string) => io.stderr(`fetch_wheels: ${text}\n`);
+  let isVerbose = args.includes("-v") || args.includes("--verbose");
+  try {
+    const { source, options, print } = readCommandLine(args, io);
+    if (print !== undefined) {
+      await writeText(io.stdout, print);
+      return 0;
+    }
+    isVerbose = options.verbose;
+    const given = await fetchOptions(options, io);
+    const text = source ?? (io.env("WHEELS") || readWheelsFile(options.wheelsFile));
+    const level = options.quiet ? "quiet" : isVerbose ? "verbose" : "normal";
+    const result = await fetchWheels(text, { ...given, signal: io.signal, onProgress: progressLog(log, level) });
+    const isRemembered = source !== undefined || io.env("WHEELS");
+    if (isRemembered) rememberSource(text, options.wheelsFile, log);
+    if (level !== "quiet") describeResult(result, level).forEach(log);
+    return 0;
+  } catch (error) {
+    return reportError(error, log, isVerbose);
+  }
+}
+
+function reportError(error: unknown, log: (text: string) => void, isVerbose: boolean): number {
+  const isOurs = error instanceof FetchWheelsError;
+  log(isOurs ? error.message : `Cannot go on: ${error instanceof Error ? error.message.split("\n")[0] : error}`);
+  const hint = isOurs ? error.hint : "this is a fault of fetch_wheels; --verbose shows where";
+  if (hint !== undefined) log(`hint: ${hint}`);
+  if (isVerbose && error instanceof Error) {
+    for (let e: unknown = error; e instanceof Error; e = e.cause) (e.stack ?? e.message).split("\n").forEach(log);
+  }
+  return EXIT_CODES[isOurs ? error.kind : "internal"];
+}
+
+/** The options as commander leaves them. */
+interface CommandOptions {
+  dest: string;
+  output?: string;
+  platform?: string;
+  protocol: "http" | "https" | "detect";
+  insecure: boolean;
+  caFile?: string;
+  username?: string;
+  passwordStdin: boolean;
+  retries: number;
+  timeout: number;
+  wheelsFile: string;
+  quiet: boolean;
+  verbose: boolean;
+}
+
+interface CommandLine {
+  source?: string;
+  options: CommandOptions;
+  /** Help or version, to be printed instead of doing anything. */
+  print?: string;
+}
+
+const HELP_AFTER = `
+SOURCE is an image (loci/requirements:master-ubuntu_jammy,
+registry:5000/ns/name@sha256:...), an http(s):// URL of a tarball, or a path
+that begins with /, ./ or ../. Without one, $WHEELS counts; without that, the
+first line of the wheels file.
+REGISTRY_USERNAME and REGISTRY_PASSWORD give credentials; HTTPS_PROXY and
+NO_PROXY are honoured.
+
+Examples:
+  fetch_wheels -d wheels loci/requirements:master-ubuntu_jammy
+  fetch_wheels --ca-file ca.pem -d wheels registry.lan:5000/ns/wheels:1.0
+  fetch_wheels -o - registry.lan:5000/ns/wheels:1.0 | tar tz
+
+Exit codes: 0 done, 1 a bug, 2 usage, 3 not found, 4 credentials, 5 network,
+6 integrity, 7 unsafe archive, 8 disk, 130 SIGINT, 143 SIGTERM`;
+
+function wholeNumber(text: string): number {
+  if (!/^\d{1,6}$/.test(text)) throw new InvalidArgumentError("It is no whole number.");
+  return Number(text);
+}
+
+function truth(text: string): boolean {
+  return /^(?:yes|true|t|1)$/i.test(text);
+}
+
+/** Each option with the environment variable that stands for it, and how to read that. */
+const OPTIONS: { option: Option; env?: string; read?: (text: string) => unknown }[] = [
+  { option: new Option("-d, --dest <dir>", "extract here").default(DEFAULT_DEST), env: "WHEELS_DIR" },
+  { option: new Option("-o, --output <file>", "write the layer's tarball as it is; - is stdout"), env: "WHEELS_DEST" },
+  { option: new Option("--platform <os/arch[/variant]>", "choose this from a multi-platform image") },
+  {
+    option: new Option("--protocol <name>", "how to speak to the registry").choices(["http", "https", "detect"])
+      .default("detect"),
+    env: "REGISTRY_PROTOCOL",
+  },
+  { option: new Option("--insecure", "accept any certificate").default(false), env: "REGISTRY_INSECURE", read: truth },
+  { option: new Option("--ca-file <pem>", "trust these certificates, too"), env: "REGISTRY_CA_FILE" },
+  { option: new Option("--username <name>", "user name for the registry"), env: "REGISTRY_USERNAME" },
+  { option: new Option("--password-stdin", "read its password from stdin").default(false) },
+  { option: new Option("--retries <n>", "tries after a failure that may pass").argParser(wholeNumber).default(5) },
+  {
+    option: new Option("--timeout <seconds>", "give up when no byte came for so long").argParser(wholeNumber).default(
+      30,
+    ),
+  },
+  { option: new Option("--wheels-file <file>", "where the source is remembered").default(DEFAULT_WHEELS_FILE) },
+  { option: new Option("-q, --quiet", "say nothing but errors").default(false) },
+  { option: new Option("-v, --verbose", "tell of each request").default(false) },
+];
+
+function readCommandLine(args: string[], io: Io): CommandLine {
+  let print: string | undefined;
+  const command = new Command("fetch_wheels")
+    .usage("[OPTIONS] [SOURCE]")
+    .description("Fetches the final layer of a container image and leaves its wheels in a directory.")
+    .argument("[source]", "image, URL or path")
+    .version(`fetch_wheels ${VERSION}`, "-V, --version", "print the version")
+    .helpOption("-h, --help", "print this help")
+    .addHelpText("after", HELP_AFTER)
+    .exitOverride()
+    .configureOutput({ writeOut: (text) => print = text, writeErr: () => {}, ...PLAIN_OUTPUT });
+  for (const { option, env } of OPTIONS) {
+    if (env !== undefined) option.description = option.description.replace(/(?: \(\$\w+\))?$/, ` ($${env})`);
+    command.addOption(option);
+  }
+  try {
+    for (const { option, env, read = (text: string) => text } of OPTIONS) {
+      const text = env === undefined ? undefined : io.env(env);
+      if (!text) continue;
+      if (option.argChoices && !option.argChoices.includes(text)) {
+        throw usage(`use ${env}`, text, `it is none of ${option.argChoices.join(", ")}`);
+      }
+      command.setOptionValueWithSource(option.attributeName(), read(text), "env");
+    }
+    command.parse(args, { from: "user" });
+  } catch (error) {
+    if (!(error instanceof CommanderError)) throw error;
+    if (error.exitCode === 0) return { options: command.opts(), print };
+    const [message = "", ...more] = error.message.replace(/^error: /, "").replaceAll("'", '"').split("\n");
+    throw new FetchWheelsError("usage", `Cannot read the command line: ${message.replace(/\.$/, "")}`, {
+      hint: more.join(" ").replace(/[()]/g, "") || "fetch_wheels --help lists the options",
+    });
+  }
+  const options = command.opts<CommandOptions>();
+  const [dest, output] = ["dest", "output"].map((name) => command.getOptionValueSource(name));
+  if (dest === "cli" && output === "cli") {
+    throw new FetchWheelsError("usage", 'Cannot use "--dest" with "--output": one of them says where the layer goes');
+  }
+  if (dest === "cli") options.output = undefined;
+  return { source: command.args[0], options };
+}
+
+const PLAIN_OUTPUT = {
+  getOutHelpWidth: () => 80,
+  getErrHelpWidth: () => 80,
+  getOutHasColors: () => false,
+  getErrHasColors: () => false,
+};
+
+async function fetchOptions(options: CommandOptions, io: Io): Promise<FetchWheelsOptions> {
+  const { output, passwordStdin, dest, platform, protocol, insecure, caFile, username, retries, timeout } = options;
+  const password = passwordStdin ? await readPassword(io.stdin) : io.env("REGISTRY_PASSWORD") || undefined;
+  if (passwordStdin && !username) throw usage("use", "--password-stdin", "the user name is missing", PASSWORD_HINT);
+  return {
+    ...{ dest, platform, protocol, insecure, caFile, username, password, retries, timeout },
+    output: output === "-" ? io.stdout : output,
+  };
+}
+
+/** Everything but the line's end: blanks may be part of a password. */
+async function readPassword(stdin: ReadableStream<Uint8Array>): Promise<string> {
+  return (await new Response(stdin as ReadableStream<Uint8Array<ArrayBuffer>>).text()).replace(/\r?\n$/, "");
+}
+
+function readWheelsFile(file: string): string {
+  const hint = "give SOURCE, or set WHEELS; fetch_wheels --help tells more";
+  const isThere = onDisk("read", file, () => fs.existsSync(file));
+  if (!isThere) throw new FetchWheelsError("usage", `Cannot start: there is no source, and no ${file}`, { hint });
+  const line = onDisk("read", file, () => fs.readFileSync(file, "utf8")).split("\n")[0]?.trim();
+  if (!line) throw new FetchWheelsError("usage", `Cannot start: there is no source in ${file}`, { hint });
+  return line;
+}
+
+/** As LOCI does, for the next step of the build. The wheels are there already, so a failure is no more than a warning. */
+function rememberSource(source: string, file: string, log: (text: string) => void): void {
+  try {
+    if (fs.existsSync(dirname(file))) fs.writeFileSync(file, `${source}\n`);
+  } catch (error) {
+    const shown = diskError("write", file, error) as Error;
+    log(`warning: ${shown.message.split("\n")[0]}; the source is not remembered`);
+  }
+}
+
+function progressLog(
+  log: (text: string) => void,
+  level: "quiet" | "normal" | "verbose",
+): (event: ProgressEvent) => void {
+  return (event) => {
+    if (event.type === "warning") return log(`warning: ${event.message}`);
+    if (level === "quiet") return;
+    switch (event.type) {
+      case "request":
+        return level === "verbose" ? log(`${event.url} answered ${event.status}`) : undefined;
+      case "retry":
+        return log(`${event.reason}; trying again in ${(event.delayMs / 1000).toFixed(1)} s`);
+      case "resolved": {
+        const { image, layer, platform } = event;
+        const size = layer.size === null ? "" : `, ${formatBytes(layer.size)}`;
+        const where = platform === null ? "" : ` for ${platform}`;
+        return log(`${formatReference(image)}${where}: layer ${layer.index} of ${layer.count}, ${layer.digest}${size}`);
+      }
+      case "bytes":
+        return;
+    }
+  };
+}
+
+function describeResult(result: FetchResult, level: "normal" | "verbose"): string[] {
+  const { files, skipped, dest, output, bytes, seconds } = result;
+  const named = level === "verbose" ? skipped : skipped.filter(({ reason }) => !reason.includes("begins with"));
+  const lines = named.map(({ path, reason }) => `left out ${quote(path)}: ${reason}`);
+  const wheels = files.filter(({ path }) => path.endsWith(".whl")).length;
+  const what = dest === null ? "the tarball" : `${wheels} wheels and ${files.length - wheels} other files`;
+  const where = dest ?? (output === "-" ? "stdout" : output);
+  return [...lines, `${what}, ${formatBytes(bytes)} in ${seconds.toFixed(1)} s, to ${where}`];
+}
+
+function formatBytes(bytes: number): string {
+  const units = ["B", "kB", "MB", "GB", "TB"];
+  const power = bytes < 1000 ? 0 : Math.min(units.length - 1, Math.floor(Math.log10(bytes) / 3));
+  return `${(bytes / 1000 ** power).toFixed(power === 0 ? 0 : 1)} ${units[power]}`;
+}
+
+async function writeText(stream: WritableStream<Uint8Array>, text: string): Promise<void> {
+  const writer = stream.getWriter();
+  await writer.write(new TextEncoder().encode(text));
+  writer.releaseLock();
+}
+
+if (import.meta.main) {
+  const controller = new AbortController();
+  const stop = (kind: "interrupted" | "terminated", name: Deno.Signal) => {
+    const abort = () => controller.abort(new FetchWheelsError(kind, `Cannot go on: ${name} came`));
+    Deno.addSignalListener(name, abort);
+    return { [Symbol.dispose]: () => Deno.removeSignalListener(name, abort) };
+  };
+  using _interrupt = stop("interrupted", "SIGINT");
+  using _terminate = stop("terminated", "SIGTERM");
+  Deno.exitCode = await main(Deno.args, {
+    env: (name) => Deno.env.get(name),
+    stdin: Deno.stdin.readable,
+    stdout: Deno.stdout.writable,
+    stderr: (text) => Deno.stderr.writeSync(new TextEncoder().encode(text)),
+    signal: controller.signal,
+  });
+}
