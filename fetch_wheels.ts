@@ -1,4 +1,4 @@
-#!/usr/bin/env -S deno run --allow-net --allow-read --allow-write --allow-env
+#!/usr/bin/env -S deno run --allow-net --allow-read --allow-write --allow-env=WHEELS*,REGISTRY_*,HTTPS_PROXY,NO_PROXY,https_proxy,no_proxy
 /**
  * Takes the final layer out of a container image, straight from its registry, checks every byte, and leaves the Python
  * wheels in a directory, all or nothing, ready for `pip install --no-index --find-links`.
@@ -67,8 +67,6 @@ const MAX_MANIFEST_BYTES = 4 * 1024 * 1024;
 const MAX_TOKEN_BYTES = 1024 * 1024;
 /** Of an error's body, only so much is read and shown. */
 const MAX_ERROR_BYTES = 64 * 1024;
-/** The decoder takes no longer metadata. */
-const MAX_PAX_BYTES = 8 * 1024 * 1024;
 const MAX_INDEX_DEPTH = 5;
 /** What a token lives when its answer does not say, by the token specification. */
 const DEFAULT_TOKEN_SECONDS = 60;
@@ -701,7 +699,7 @@ async function readAll(exchange: Exchange, limit: number, settings: Settings): P
   return Buffer.concat(chunks);
 }
 
-type ConnectionReason = "certificate" | "not-tls" | "refused" | "silent" | "broken";
+type ConnectionReason = "certificate" | "not-tls" | "refused" | "unreachable" | "silent" | "broken";
 
 /** A request that got no answer, or an answer that broke off. */
 class ConnectionError extends FetchWheelsError {
@@ -716,41 +714,40 @@ class ConnectionError extends FetchWheelsError {
   }
 }
 
-/** Sorts what `fetch` and `node:https` throw; both say it in words only, some of them with the whole URL in. */
+/** What `fetch` and `node:https` throw, told by its words, for it has nothing else. */
+const CONNECTION_FAILURES: [pattern: RegExp, reason: ConnectionReason, words: string][] = [
+  [/peer certificate|CERT|SELF_SIGNED|UNABLE_TO_/, "certificate", "its certificate is not trusted"],
+  [/InvalidContentType|WRONG_VERSION_NUMBER/, "not-tls", "it does not speak TLS"],
+  [/refused/i, "refused", "the connection is refused"],
+  [/dns error|ENOTFOUND|EAI_AGAIN/, "unreachable", "there is no such host"],
+  [/unreachable|no route/i, "unreachable", "the network is unreachable"],
+  [/timed? ?out/i, "silent", "the connection timed out"],
+];
+
+const CONNECTION_HINTS: Partial<Record<ConnectionReason, string>> = {
+  certificate: "trust it with --ca-file PEM (REGISTRY_CA_FILE), or accept any certificate with --insecure",
+  "not-tls": "if it speaks plain http: --protocol http (REGISTRY_PROTOCOL)",
+};
+
 function connectionError(url: URL, error: unknown): ConnectionError {
   const { message, cause } = error as Error;
   const text = `${message} ${cause instanceof Error ? cause.message : ""} ${(error as { code?: string }).code ?? ""}`;
-  const says = (pattern: RegExp) => pattern.test(text);
-  if (says(/peer certificate|CERT|SELF_SIGNED|UNABLE_TO_/)) {
-    const detail = /peer certificate: (?:Other\(OtherError\()?(\w+)/.exec(text)?.[1] ?? message;
-    return new ConnectionError(url, "certificate", `its certificate is not trusted (${detail})`, {
-      hint: "trust it with --ca-file PEM (REGISTRY_CA_FILE), or accept any certificate with --insecure",
-      cause: error,
-    });
-  }
-  const [reason, words]: [ConnectionReason, string] = says(/InvalidContentType|WRONG_VERSION_NUMBER/)
-    ? ["not-tls", "it does not speak TLS"]
-    : says(/refused/i)
-    ? ["refused", "the connection is refused"]
-    : says(/dns error|ENOTFOUND|EAI_AGAIN/)
-    ? ["refused", "there is no such host"]
-    : says(/unreachable|no route/i)
-    ? ["refused", "the network is unreachable"]
-    : says(/timed? ?out/i)
-    ? ["silent", "the connection timed out"]
-    : ["broken", `the connection broke (${brief(text)})`];
-  const suggestHttp = url.protocol === "https:" && (reason === "not-tls" || words === "the connection is refused");
-  const hint = suggestHttp ? "if it speaks plain http: --protocol http (REGISTRY_PROTOCOL)" : undefined;
-  return new ConnectionError(url, reason, words, { hint, cause: error });
+  const found = CONNECTION_FAILURES.find(([pattern]) => pattern.test(text));
+  const [, reason, words] = found ?? [/./, "broken" as const, "the connection broke"];
+  const isHttpLikely = url.protocol === "https:" && reason === "refused";
+  const hint = CONNECTION_HINTS[isHttpLikely ? "not-tls" : reason];
+  const detail = reason === "certificate" || reason === "broken" ? ` (${brief(text)})` : "";
+  return new ConnectionError(url, reason, words + detail, { hint, cause: error });
 }
 
 function network(action: string, url: URL, state: string): FetchWheelsError {
   return new FetchWheelsError("network", `Cannot ${action} ${quote(displayUrl(url))}: ${state}`);
 }
 
-/** The last words of an error's chain, without the URL in the middle. */
+/** The last words of an error's chain, without the URL in its middle. */
 function brief(text: string): string {
-  return quote(text.trim().split(/\): |: (?=[a-z ]+$)/).at(-1) ?? text).slice(1, -1).slice(0, 120);
+  return quote(text.trim().split(/\): (?:client error \(\w+\): )?|peer certificate: /).at(-1) ?? text).slice(1, -1)
+    .slice(0, 120);
 }
 
 /** For people: without the query, which may be a signature, and without a password. */
@@ -869,7 +866,7 @@ function openRegistry(image: ImageReference, settings: Settings): Registry {
     if (authorization !== undefined && authorization.expires <= settings.now()) {
       authorization = await authorize(authorization.challenges, authorization.realmBase, { image, settings });
     }
-    for (let refusals = 0;; refusals++) {
+    for (let refusals = 0;;) {
       const sent = authorization?.header;
       const exchange = await request(
         urls,
@@ -879,7 +876,8 @@ function openRegistry(image: ImageReference, settings: Settings): Registry {
       bases = bases.filter((base) => bases.length === 1 || base.protocol === exchange.url.protocol);
       if (exchange.response.ok) return exchange;
       const fromRegistry = urls.some((url) => url.origin === exchange.url.origin);
-      const isFinal = sent !== undefined && (refusals > 1 || sent.startsWith("Basic "));
+      // A token may have run out on the way, so one is renewed; a password that is refused stays so.
+      const isFinal = sent !== undefined && (++refusals > 1 || sent.startsWith("Basic "));
       if (exchange.response.status !== 401 || !fromRegistry || isFinal) {
         throw await statusError("fetch", name, { exchange, settings, hint: authHint(exchange.response, settings) });
       }
@@ -927,70 +925,49 @@ async function authorize(
   realmBase: URL,
   { image, settings }: { image: ImageReference; settings: Settings },
 ): Promise<Authorization> {
-  const name = formatReference(image);
-  const fail = (state: string, hint?: string) =>
-    new FetchWheelsError("auth", `Cannot fetch ${quote(name)}: ${state}`, { hint });
-  const bearer = challenges.find(({ scheme, parameters }) => scheme === "bearer" && parameters.realm);
-  const isBasic = challenges.some(({ scheme }) => scheme === "basic");
-  if (bearer === undefined && !isBasic) {
-    const schemes = challenges.map(({ scheme }) => scheme).join(", ");
-    throw fail(`the registry answered 401 and asks for ${schemes || "nothing"} that this program has`);
-  }
   const { credentials } = settings;
-  if (credentials !== undefined && !mayCarrySecrets(realmBase, settings)) {
-    throw fail(`no password is sent to ${displayUrl(realmBase)} over plain http`, "if that is meant: --protocol http");
+  const fail = (state: string, hint?: string) =>
+    new FetchWheelsError("auth", `Cannot fetch ${quote(formatReference(image))}: ${state}`, { hint });
+  const bearer = challenges.find(({ scheme, parameters }) => scheme === "bearer" && parameters.realm);
+  if (bearer === undefined && !challenges.some(({ scheme }) => scheme === "basic")) {
+    const schemes = challenges.map(({ scheme }) => scheme).join(", ") || "none";
+    throw fail(`the registry answered 401 and asks for neither Bearer nor Basic, but ${schemes}`);
   }
-  if (bearer !== undefined) {
-    return { challenges, realmBase, ...await fetchToken(bearer, realmBase, { image, settings }) };
+  const realm = bearer?.parameters.realm ?? realmBase.href;
+  const url = URL.canParse(realm, realmBase.href) ? new URL(realm, realmBase) : undefined;
+  if (url === undefined || !/^https?:$/.test(url.protocol)) {
+    throw fail(`the token service ${quote(realm.split("?")[0] ?? "")} is no http(s) URL`);
   }
-  if (credentials === undefined) throw fail("the registry asks for a user name and a password", PASSWORD_HINT);
-  return { challenges, realmBase, header: basic(credentials), expires: Infinity };
+  const exposed = [realmBase, url].find((target) => !mayCarrySecrets(target, settings));
+  if (credentials !== undefined && exposed !== undefined) {
+    throw fail(`no password is sent to ${displayUrl(exposed)} over plain http`, "if that is meant: --protocol http");
+  }
+  if (bearer === undefined) {
+    if (credentials === undefined) throw fail("the registry asks for a user name and a password", PASSWORD_HINT);
+    return { challenges, realmBase, header: basic(credentials), expires: Infinity };
+  }
+  if (bearer.parameters.service !== undefined) url.searchParams.set("service", bearer.parameters.service);
+  url.searchParams.set("scope", `repository:${image.repository}:pull`);
+  return { challenges, realmBase, ...await fetchToken(url, formatReference(image), settings) };
 }
 
 /** Distribution project, "Token Authentication Specification". */
 async function fetchToken(
-  { parameters }: Challenge,
-  realmBase: URL,
-  { image, settings }: { image: ImageReference; settings: Settings },
+  url: URL,
+  name: string,
+  settings: Settings,
 ): Promise<Pick<Authorization, "header" | "expires">> {
-  const name = formatReference(image);
-  const { realm = "", service } = parameters;
-  const url = URL.canParse(realm, realmBase.href) ? new URL(realm, realmBase) : undefined;
-  if (url === undefined || !/^https?:$/.test(url.protocol)) {
-    throw new FetchWheelsError(
-      "auth",
-      `Cannot fetch ${quote(name)}: the token service ${quote(realm)} is no http(s) URL`,
-    );
-  }
-  const { credentials } = settings;
-  if (credentials !== undefined && !mayCarrySecrets(url, settings)) {
-    throw new FetchWheelsError(
-      "auth",
-      `Cannot fetch ${quote(name)}: no password is sent to ${displayUrl(url)} over plain http`,
-    );
-  }
-  if (service !== undefined) url.searchParams.set("service", service);
-  url.searchParams.set("scope", `repository:${image.repository}:pull`);
   const asked = settings.now();
-  const exchange = await request(
-    [url],
-    credentials === undefined ? {} : { authorization: basic(credentials) },
-    settings,
-  );
-  if (!exchange.response.ok) {
-    throw await statusError("get a token for", name, {
-      exchange,
-      settings,
-      hint: authHint(exchange.response, settings),
-    });
-  }
+  const { credentials } = settings;
+  const headers: Record<string, string> = credentials === undefined ? {} : { authorization: basic(credentials) };
+  const exchange = await request([url], headers, settings);
+  const hint = authHint(exchange.response, settings);
+  if (!exchange.response.ok) throw await statusError("get a token for", name, { exchange, settings, hint });
   const answer = parseJson(await readAll(exchange, MAX_TOKEN_BYTES, settings));
   const token = answer?.token || answer?.access_token;
   if (typeof token !== "string" || !/^[\x21-\x7e]+$/.test(token)) {
-    throw new FetchWheelsError(
-      "auth",
-      `Cannot get a token for ${quote(name)}: ${displayUrl(url)} answered without one`,
-    );
+    const state = `${displayUrl(url)} answered without one`;
+    throw new FetchWheelsError("auth", `Cannot get a token for ${quote(name)}: ${state}`);
   }
   const seconds = Number(answer?.expires_in) > 0 ? Number(answer?.expires_in) : DEFAULT_TOKEN_SECONDS;
   return { header: `Bearer ${token}`, expires: asked + seconds * 1000 };
@@ -1349,7 +1326,7 @@ function safeMember({ header, body }: ParsedTarEntry): Member | undefined {
   if (!Number.isSafeInteger(header.size)) throw fail(`${header.size} is no size`);
   if (header.name.includes("\ufffd")) throw fail("its name is not UTF-8");
 
-  const path = insidePath(pax.path ?? header.name, header.name);
+  const path = insidePath(header.name, header.name);
   if (path === "") {
     if (header.type === "directory") return undefined;
     throw fail("it has no name");
@@ -1358,7 +1335,7 @@ function safeMember({ header, body }: ParsedTarEntry): Member | undefined {
     return { kind: "skipped", path, reason: 'its path has a component that begins with "."' };
   }
   const mode = header.mode ?? 0;
-  const linkname = pax.linkpath ?? header.linkname ?? "";
+  const linkname = header.linkname ?? "";
   switch (header.type) {
     case "file":
     case undefined:
@@ -1392,63 +1369,33 @@ function unsafe(member: string, state: string): FetchWheelsError {
 }
 
 /**
- * Passes an archive on, but not with members whose type the decoder does not know: it would take a GNU sparse file, a
- * part of a multi-volume one or a volume's label for a plain file, and its contents would be wrong without a word.
+ * Passes an archive on, but not with members of a type that the decoder does not know: it would take a GNU sparse file
+ * or a part of a multi-volume one for a plain file, and write the wrong bytes without a word. Every block is looked at,
+ * not only those that are in a header's place, for that place is the decoder's to know; a checksum tells them apart.
  */
 async function* refuseOddTypes(bytes: AsyncIterable<Uint8Array>): AsyncGenerator<Uint8Array> {
-  let reading: "header" | "pax" | "body" = "header";
-  let left = 512;
-  let kept: Uint8Array[] = [];
-  let paxSize: number | undefined; // stands for the next member's own size
+  let cut: Uint8Array = new Uint8Array(); // the block that the last chunk ended in
   for await (const chunk of bytes) {
-    for (let at = 0; at < chunk.length;) {
-      const piece = chunk.subarray(at, at + left);
-      at += piece.length;
-      left -= piece.length;
-      if (reading !== "body") kept.push(piece);
-      if (left > 0) break;
-      const block = Buffer.concat(kept);
-      kept = [];
-      const body: MemberBody = reading === "header" ? bodyAfter(block, paxSize) : { reading: "body", size: 0 };
-      if (reading === "pax") paxSize = sizeInPax(block);
-      else if (reading === "header" && body.reading === "body" && !isMetadata(block)) paxSize = undefined;
-      reading = body.size > 0 ? body.reading : "header";
-      left = body.size > 0 ? Math.ceil(body.size / 512) * 512 : 512;
+    const missing = cut.length === 0 ? 0 : 512 - cut.length;
+    if (missing > 0) cut = Buffer.concat([cut, chunk.subarray(0, missing)]);
+    if (cut.length === 512) assertKnownType(cut);
+    let at = Math.min(missing, chunk.length);
+    for (; at + 512 <= chunk.length; at += 512) {
+      if (chunk[at + 257] === 0x75) assertKnownType(chunk.subarray(at, at + 512)); // the u of "ustar"
     }
+    if (cut.length === 0 || cut.length === 512) cut = chunk.slice(at);
     yield chunk;
   }
 }
 
-/** What follows a header: PAX records, which are wanted, or a body, which is not. */
-interface MemberBody {
-  reading: "pax" | "body";
-  size: number;
-}
-
-function bodyAfter(header: Uint8Array, paxSize: number | undefined): MemberBody {
-  if (header[0] === 0) return { reading: "body", size: Infinity }; // the archive's end, or a name that the decoder refuses
-  const type = String.fromCharCode(header[156] ?? 0);
-  if (!"\x000123456".includes(type) && !"7xgLK".includes(type)) {
-    const name = new TextDecoder().decode(header.subarray(0, header.indexOf(0)));
-    const what = type === "S" ? "a GNU sparse file" : `of type ${quote(type)}`;
-    throw integrity("read archive member", name, `it is ${what}, which is not supported`);
-  }
-  const field = header.subarray(124, 136);
-  const size = field[0] === 0x80
-    ? field.subarray(1).reduce((sum, byte) => sum * 256 + byte, 0)
-    : parseInt(new TextDecoder().decode(field), 8) || 0;
-  if ("123456".includes(type)) return { reading: "body", size: 0 };
-  if (type === "x" && size <= MAX_PAX_BYTES) return { reading: "pax", size };
-  return { reading: "body", size: isMetadata(header) ? size : paxSize ?? size };
-}
-
-function isMetadata(header: Uint8Array): boolean {
-  return "xgLK".includes(String.fromCharCode(header[156] ?? 0));
-}
-
-function sizeInPax(records: Uint8Array): number | undefined {
-  const size = /(?:^|\n)\d+ size=(\d+)\n/.exec(new TextDecoder().decode(records))?.[1];
-  return size === undefined ? undefined : Number(size);
+function assertKnownType(block: Uint8Array): void {
+  const type = String.fromCharCode(block[156] ?? 0);
+  const text = (start: number, length: number) => Buffer.from(block.subarray(start, start + length)).toString();
+  if ("\x0001234567xgLK".includes(type) || text(257, 5) !== "ustar") return;
+  const sum = block.reduce((total, byte, at) => total + (at >= 148 && at < 156 ? 0x20 : byte), 0);
+  if (parseInt(text(148, 8), 8) !== sum) return;
+  const what = type === "S" ? "a GNU sparse file" : `of type ${quote(type)}`;
+  throw integrity("read archive member", text(0, 100).split("\0")[0] ?? "", `it is ${what}, which is not supported`);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -1888,7 +1835,8 @@ export async function main(args: string[], io: Io): Promise<number> {
   }
 }
 
-function reportError(error: unknown, log: (text: string) => void, isVerbose: boolean): number {
+function reportError(thrown: unknown, log: (text: string) => void, isVerbose: boolean): number {
+  const error = explain(thrown);
   const isOurs = error instanceof FetchWheelsError;
   log(isOurs ? error.message : `Cannot go on: ${error instanceof Error ? error.message.split("\n")[0] : error}`);
   const hint = isOurs ? error.hint : "this is a fault of fetch_wheels; --verbose shows where";
@@ -1983,7 +1931,7 @@ function readCommandLine(args: string[], io: Io): CommandLine {
     .helpOption("-h, --help", "print this help")
     .addHelpText("after", HELP_AFTER)
     .exitOverride()
-    .configureOutput({ writeOut: (text) => print = text, writeErr: () => {}, ...PLAIN_OUTPUT });
+    .configureOutput({ writeOut: (text) => print = (print ?? "") + text, writeErr: () => {}, ...PLAIN_OUTPUT });
   for (const { option, env } of OPTIONS) {
     if (env !== undefined) option.description = option.description.replace(/(?: \(\$\w+\))?$/, ` ($${env})`);
     command.addOption(option);
@@ -2001,7 +1949,8 @@ function readCommandLine(args: string[], io: Io): CommandLine {
   } catch (error) {
     if (!(error instanceof CommanderError)) throw error;
     if (error.exitCode === 0) return { options: command.opts(), print };
-    const [message = "", ...more] = error.message.replace(/^error: /, "").replaceAll("'", '"').split("\n");
+    const [message = "", ...more] = error.message.replace(/^error: |(?<= but got \d+): .*/g, "").replaceAll("'", '"')
+      .split("\n");
     throw new FetchWheelsError("usage", `Cannot read the command line: ${message.replace(/\.$/, "")}`, {
       hint: more.join(" ").replace(/[()]/g, "") || "fetch_wheels --help lists the options",
     });
@@ -2051,6 +2000,7 @@ function rememberSource(source: string, file: string, log: (text: string) => voi
   try {
     if (fs.existsSync(dirname(file))) fs.writeFileSync(file, `${source}\n`);
   } catch (error) {
+    if (error instanceof Deno.errors.NotCapable) return; // the flags that deno was given say that it is not wanted
     const shown = diskError("write", file, error) as Error;
     log(`warning: ${shown.message.split("\n")[0]}; the source is not remembered`);
   }
