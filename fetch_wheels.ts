@@ -44,8 +44,9 @@ import { basename, dirname, join, resolve as resolvePath } from "node:path";
 import process from "node:process";
 import { type Duplex, Readable } from "node:stream";
 import * as tls from "node:tls";
-import { createGunzip, createZstdDecompress } from "node:zlib";
+import { createGunzip } from "node:zlib";
 import { Command, CommanderError, InvalidArgumentError, Option } from "npm:commander@^15.1.0";
+import { Decompress as ZstdDecompress } from "npm:fzstd@^0.1.1";
 import { createTarDecoder, type ParsedTarEntry } from "npm:modern-tar@^0.8.6";
 
 const VERSION = "0.1.0";
@@ -300,7 +301,7 @@ export interface FetchResult {
  * @throws {FetchWheelsError} of each kind but `internal`; `dest` is then as it was
  */
 export async function fetchWheels(source: string, options: FetchWheelsOptions = {}): Promise<FetchResult> {
-  const settings = settle(options);
+  using settings = settle(options);
   const started = performance.now();
   try {
     const parsed = parseSource(source);
@@ -325,31 +326,32 @@ export async function fetchWheels(source: string, options: FetchWheelsOptions = 
   }
 }
 
-/** The options with every default in its place. */
-type Settings = Required<Omit<FetchWheelsOptions, "output" | "platform" | "caFile" | "username" | "password">> & {
+/** The options with every default in its place. Disposing of them closes the connections. */
+interface Settings
+  extends Required<Omit<FetchWheelsOptions, "output" | "platform" | "caFile" | "username" | "password">>, Disposable {
   output?: string | WritableStream<Uint8Array>;
   platform: Platform;
   credentials?: Credentials;
-};
+}
 
 function settle(options: FetchWheelsOptions): Settings {
   const { retries = DEFAULT_RETRIES, timeout = DEFAULT_TIMEOUT, protocol = "detect", insecure = false } = options;
   if (!Number.isInteger(retries) || retries < 0) throw usage("use", String(retries), "retries is no whole number");
   if (!(timeout > 0 && timeout <= 86_400)) throw usage("use", String(timeout), "timeout is not from 0 to 86400 s");
+  const platform = options.platform === undefined ? hostPlatform() : parsePlatform(options.platform);
+  const credentials = givenCredentials(options);
+  const pem = options.caFile === undefined ? [] : readCertificates(options.caFile);
+  const client = Deno.createHttpClient({ caCerts: pem });
   return {
     dest: resolvePath(options.dest || DEFAULT_DEST),
     output: options.output,
-    platform: options.platform === undefined ? hostPlatform() : parsePlatform(options.platform),
-    protocol,
-    insecure,
-    credentials: givenCredentials(options),
-    retries,
-    timeout,
+    ...{ platform, protocol, insecure, credentials, retries, timeout },
     signal: options.signal ?? new AbortController().signal,
-    fetch: options.fetch ?? trustingFetch(options.caFile, insecure),
+    fetch: options.fetch ?? trustingFetch(client, pem, insecure),
     delay: options.delay ?? delay,
     now: options.now ?? Date.now,
     onProgress: options.onProgress ?? (() => {}),
+    [Symbol.dispose]: () => client.close(),
   };
 }
 
@@ -373,11 +375,17 @@ function integrity(action: string, value: string, cause: string, source?: unknow
   return new FetchWheelsError("integrity", `Cannot ${action} ${quote(value)}: ${cause}`, { cause: source });
 }
 
-/** Quoted for one line of a terminal: what an archive or a registry says may hold control characters. */
+/** Quoted, for what an archive, a registry or a user says may hold anything. */
 function quote(text: string): string {
-  return JSON.stringify(text).replace(
-    /[\x7f-\x9f\u2028\u2029]/g,
-    (c) => `\\u${c.charCodeAt(0).toString(16).padStart(4, "0")}`,
+  return oneLine(JSON.stringify(text));
+}
+
+/** Without the characters that move a cursor or begin a line. */
+function oneLine(text: string): string {
+  return text.replace(
+    // deno-lint-ignore no-control-regex -- these are what it is about
+    /[\x00-\x1f\x7f-\x9f\u2028\u2029]/g,
+    (character) => `\\u${character.charCodeAt(0).toString(16).padStart(4, "0")}`,
   );
 }
 
@@ -483,19 +491,19 @@ export function hostPlatform(arch: string = Deno.build.arch): Platform {
 }
 
 function normalizePlatform({ os = "", architecture = "", variant }: Partial<Platform>): Platform {
-  const [name = "", implied] = ARCHITECTURES[architecture] ?? [architecture];
+  const [name = "", implied] = ARCHITECTURES.get(architecture) ?? [architecture];
   const chosen = (variant || implied)?.replace(/^(?=\d)/, "v");
   return chosen === undefined ? { os, architecture: name } : { os, architecture: name, variant: chosen };
 }
 
-const ARCHITECTURES: Record<string, [name: string, variant?: string]> = {
-  "x86_64": ["amd64"],
-  "x86-64": ["amd64"],
-  "aarch64": ["arm64"],
-  "armhf": ["arm", "v7"],
-  "armel": ["arm", "v6"],
-  "arm": ["arm", "v7"],
-};
+const ARCHITECTURES = new Map<string, [name: string, variant?: string]>([
+  ["x86_64", ["amd64"]],
+  ["x86-64", ["amd64"]],
+  ["aarch64", ["arm64"]],
+  ["armhf", ["arm", "v7"]],
+  ["armel", ["arm", "v6"]],
+  ["arm", ["arm", "v7"]],
+]);
 
 function formatPlatform({ os, architecture, variant }: Partial<Platform>): string {
   return [os, architecture, variant].filter(Boolean).join("/");
@@ -533,7 +541,9 @@ function basic({ username, password }: Credentials): string {
 /** An answer, where it came from in the end, and the means to give it up. */
 interface Exchange {
   response: Response;
+  /** Where the answer came from, and what was asked in the first place. */
   url: URL;
+  asked: URL;
   controller: AbortController;
 }
 
@@ -548,7 +558,8 @@ async function request(urls: URL[], headers: Record<string, string>, settings: S
       if (!isTransient(status) || attempt >= settings.retries) return exchange;
       const asked = retryAfter(answered.get("retry-after"), settings.now());
       if (asked !== undefined && asked > LONGEST_RETRY_AFTER_MS) {
-        const error = await statusError("fetch", displayUrl(exchange.url), { exchange, settings });
+        const body = await readError(exchange, settings);
+        const error = statusError("fetch", displayUrl(exchange.url), { exchange, body });
         throw new FetchWheelsError("network", `${error.message}; it asks to wait ${Math.ceil(asked / 1000)} s`);
       }
       wait = asked ?? wait;
@@ -604,7 +615,7 @@ async function askFirst(urls: URL[], headers: Record<string, string>, settings: 
     } catch (error) {
       // A refused certificate must not lead to plain http: that is what an attacker would want.
       if (!(error instanceof ConnectionError) || error.reason === "certificate") throw error;
-      failure ??= error;
+      if (failure === undefined || !failure.passing) failure = error;
     }
   }
   throw failure;
@@ -618,7 +629,9 @@ async function followRedirects(url: URL, headers: Record<string, string>, settin
   for (let hops = 0; hops <= MAX_REDIRECTS; hops++) {
     const exchange = await send(current, authorization === undefined ? rest : { ...rest, authorization }, settings);
     const location = exchange.response.headers.get("location");
-    if (![301, 302, 303, 307, 308].includes(exchange.response.status) || location === null) return exchange;
+    if (![301, 302, 303, 307, 308].includes(exchange.response.status) || location === null) {
+      return { ...exchange, asked: url };
+    }
     await exchange.response.body?.cancel();
     const next = redirectTarget(location, current);
     if (carriedSecret && current.protocol === "https:" && next.protocol === "http:") {
@@ -637,7 +650,7 @@ async function followRedirects(url: URL, headers: Record<string, string>, settin
 function redirectTarget(location: string, base: URL): URL {
   const target = URL.canParse(location, base.href) ? new URL(location, base) : undefined;
   if (target === undefined || !/^https?:$/.test(target.protocol)) {
-    throw network("follow", base, `it redirects to ${quote(location.split("?")[0] ?? "")}, which is no http(s) URL`);
+    throw network("follow", base, "it redirects to what is no http(s) URL");
   }
   target.username = target.password = "";
   return target;
@@ -656,12 +669,11 @@ async function send(url: URL, headers: Record<string, string>, settings: Setting
       signal: AbortSignal.any([controller.signal, settings.signal]),
     });
     settings.onProgress({ type: "request", url: displayUrl(url), status: response.status });
-    return { response, url, controller };
+    return { response, url, asked: url, controller };
   } catch (error) {
     settings.signal.throwIfAborted();
-    throw error instanceof ConnectionError || error instanceof Deno.errors.NotCapable
-      ? error
-      : connectionError(url, error);
+    controller.signal.throwIfAborted();
+    throw error instanceof Deno.errors.NotCapable ? error : connectionError(url, error);
   } finally {
     clearTimeout(timer);
   }
@@ -682,9 +694,28 @@ async function* bodyOf({ response, url, controller }: Exchange, settings: Settin
     }
   } catch (error) {
     settings.signal.throwIfAborted();
-    throw error instanceof ConnectionError ? error : connectionError(url, error);
+    controller.signal.throwIfAborted();
+    throw connectionError(url, error);
   } finally {
     controller.abort(); // whatever is left of the body
+  }
+}
+
+/** A small answer as a whole, asked for again where it breaks off. */
+async function askWhole(
+  ask: () => Promise<Exchange>,
+  { limit, settings }: { limit: number; settings: Settings },
+): Promise<{ exchange: Exchange; body: Uint8Array | undefined }> {
+  for (let attempt = 0;; attempt++) {
+    const exchange = await ask();
+    try {
+      return { exchange, body: await readAll(exchange, limit, settings) };
+    } catch (error) {
+      if (!(error instanceof ConnectionError) || attempt >= settings.retries) throw error;
+      const delayMs = backoff(attempt);
+      settings.onProgress({ type: "retry", reason: error.message, delayMs });
+      await settings.delay(delayMs, settings.signal);
+    }
   }
 }
 
@@ -732,11 +763,12 @@ const CONNECTION_HINTS: Partial<Record<ConnectionReason, string>> = {
 function connectionError(url: URL, error: unknown): ConnectionError {
   const { message, cause } = error as Error;
   const text = `${message} ${cause instanceof Error ? cause.message : ""} ${(error as { code?: string }).code ?? ""}`;
-  const found = CONNECTION_FAILURES.find(([pattern]) => pattern.test(text));
+  const said = text.replace(/https?:\/\/[^\s)]*/g, ""); // what the user wrote must not be taken for a failure
+  const found = CONNECTION_FAILURES.find(([pattern]) => pattern.test(said));
   const [, reason, words] = found ?? [/./, "broken" as const, "the connection broke"];
   const isHttpLikely = url.protocol === "https:" && reason === "refused";
   const hint = CONNECTION_HINTS[isHttpLikely ? "not-tls" : reason];
-  const detail = reason === "certificate" || reason === "broken" ? ` (${brief(text)})` : "";
+  const detail = reason === "certificate" || reason === "broken" ? ` (${brief(said)})` : "";
   return new ConnectionError(url, reason, words + detail, { hint, cause: error });
 }
 
@@ -756,49 +788,44 @@ function displayUrl(url: URL): string {
 }
 
 /** An answer that is no success, with the registry's own words (distribution specification, "Error Codes"). */
-async function statusError(
+function statusError(
   action: string,
   value: string,
-  { exchange, settings, hint }: { exchange: Exchange; settings: Settings; hint?: string },
-): Promise<FetchWheelsError> {
-  const { response, url } = exchange;
+  { exchange: { response, url }, body, hint }: { exchange: Exchange; body: Uint8Array | undefined; hint?: string },
+): FetchWheelsError {
   const kind = response.status === 404 ? "not-found" : [401, 403].includes(response.status) ? "auth" : "network";
-  const said = await registryWords(exchange, settings);
+  const said = registryWords(parseJson(body));
   const words = `${displayUrl(url)} answered ${response.status}${said === "" ? "" : ` (${said})`}`;
   return new FetchWheelsError(kind, `Cannot ${action} ${quote(value)}: ${words}`, { hint });
 }
 
-async function registryWords(exchange: Exchange, settings: Settings): Promise<string> {
-  try {
-    const bytes = await readAll(exchange, MAX_ERROR_BYTES, settings);
-    const { errors, details, message } = JSON.parse(new TextDecoder().decode(bytes));
-    const words = (errors ?? []).map((e: { code?: string; message?: string }) =>
-      [e.code, e.message].filter(Boolean).join(": ")
-    );
-    return quote(words.join("; ") || details || message || "").slice(1, -1).slice(0, 300);
-  } catch {
-    return ""; // no JSON, or it broke off: the status must do, and it is in the message
-  }
+function registryWords(json: ReturnType<typeof parseJson>): string {
+  const errors: { code?: unknown; message?: unknown }[] = Array.isArray(json?.errors) ? json.errors : [];
+  const words = errors.map((error) => [error?.code, error?.message].filter(Boolean).join(": ")).join("; ");
+  return quote(String(words || json?.details || json?.message || "")).slice(1, -1).slice(0, 300);
+}
+
+/** The body of an error. That it breaks off is no news: the status is, and it is in the message. */
+async function readError(exchange: Exchange, settings: Settings): Promise<Uint8Array | undefined> {
+  return await readAll(exchange, MAX_ERROR_BYTES, settings).catch(() => undefined);
 }
 
 /**
  * `fetch`, but with the certificates that the user trusts. rustls, below `fetch`, refuses a server's certificate that is
  * its own CA even when it is trusted, and cannot be told to accept any: then `node:https` does it.
  */
-function trustingFetch(caFile: string | undefined, insecure: boolean): typeof globalThis.fetch {
+function trustingFetch(client: Deno.HttpClient, pem: string[], insecure: boolean): typeof globalThis.fetch {
   if (insecure) return (input, init) => nodeFetch(input, init, { ca: [], rejectUnauthorized: false });
-  if (caFile === undefined) return globalThis.fetch;
-  const pem = readCertificates(caFile);
   const pinned = pem.map((text) => Buffer.from(text.replace(/-----[^-]+-----|\s/g, ""), "base64"));
   // The very certificate that the user gave needs no fitting name in it.
   const checkServerIdentity = (host: string, certificate: tls.PeerCertificate) =>
     pinned.some((raw) => raw.equals(certificate.raw)) ? undefined : tls.checkServerIdentity(host, certificate);
-  const client = Deno.createHttpClient({ caCerts: pem });
   return async (input, init) => {
     try {
       return await fetch(input, { ...init, client });
     } catch (error) {
-      if (!(error instanceof TypeError) || !/peer certificate/.test(String(error.cause))) throw error;
+      const isRefused = error instanceof TypeError && /peer certificate/.test(String(error.cause));
+      if (pem.length === 0 || !isRefused) throw error;
       return await nodeFetch(input, init, { ca: pem, checkServerIdentity });
     }
   };
@@ -861,25 +888,26 @@ function openRegistry(image: ImageReference, settings: Settings): Registry {
   const name = formatReference(image);
 
   const get = async (path: string, accept?: string): Promise<Exchange> => {
-    const urls = bases.map((base) => new URL(`/v2/${image.repository}/${path}`, base));
     const headers: Record<string, string> = accept === undefined ? {} : { accept };
     if (authorization !== undefined && authorization.expires <= settings.now()) {
       authorization = await authorize(authorization.challenges, authorization.realmBase, { image, settings });
     }
     for (let refusals = 0;;) {
+      const urls = bases.map((base) => new URL(`/v2/${image.repository}/${path}`, base));
       const sent = authorization?.header;
       const exchange = await request(
         urls,
         sent === undefined ? headers : { ...headers, authorization: sent },
         settings,
       );
-      bases = bases.filter((base) => bases.length === 1 || base.protocol === exchange.url.protocol);
+      bases = bases.filter(({ origin }) => origin === exchange.asked.origin);
       if (exchange.response.ok) return exchange;
-      const fromRegistry = urls.some((url) => url.origin === exchange.url.origin);
+      const fromRegistry = exchange.url.origin === exchange.asked.origin;
       // A token may have run out on the way, so one is renewed; a password that is refused stays so.
       const isFinal = sent !== undefined && (++refusals > 1 || sent.startsWith("Basic "));
       if (exchange.response.status !== 401 || !fromRegistry || isFinal) {
-        throw await statusError("fetch", name, { exchange, settings, hint: authHint(exchange.response, settings) });
+        const body = await readError(exchange, settings);
+        throw statusError("fetch", name, { exchange, body, hint: authHint(exchange.response, settings) });
       }
       const challenges = parseChallenges(exchange.response.headers.get("www-authenticate") ?? "");
       await exchange.response.body?.cancel();
@@ -906,7 +934,8 @@ function baseUrls(registry: string, protocol: Settings["protocol"]): URL[] {
 }
 
 function isLocalName(host: string): boolean {
-  const isPrivate = /^(?:10|192\.168|172\.(?:1[6-9]|2\d|3[01])|169\.254)\.[\d.]+$|^\[(?:f[cd]|fe[89ab])/.test(host);
+  const isPrivate =
+    /^(?:10|192\.168|172\.(?:1[6-9]|2\d|3[01])|169\.254)\.[\d.]+$|^\[(?:f[cd][0-9a-f]|fe[89ab])[0-9a-f]:/.test(host);
   return isPrivate || isLoopback(host) || /^[^.:[\]]+$|\.(?:local|internal|localhost)$/.test(host);
 }
 
@@ -960,10 +989,11 @@ async function fetchToken(
   const asked = settings.now();
   const { credentials } = settings;
   const headers: Record<string, string> = credentials === undefined ? {} : { authorization: basic(credentials) };
-  const exchange = await request([url], headers, settings);
+  const ask = () => request([url], headers, settings);
+  const { exchange, body } = await askWhole(ask, { limit: MAX_TOKEN_BYTES, settings });
   const hint = authHint(exchange.response, settings);
-  if (!exchange.response.ok) throw await statusError("get a token for", name, { exchange, settings, hint });
-  const answer = parseJson(await readAll(exchange, MAX_TOKEN_BYTES, settings));
+  if (!exchange.response.ok) throw statusError("get a token for", name, { exchange, body, hint });
+  const answer = parseJson(body);
   const token = answer?.token || answer?.access_token;
   if (typeof token !== "string" || !/^[\x21-\x7e]+$/.test(token)) {
     const state = `${displayUrl(url)} answered without one`;
@@ -1011,12 +1041,14 @@ export function parseChallenges(header: string): Challenge[] {
   };
   while (take(/^[\s,]+/) || rest !== "") {
     // A parameter is a token and "=" before a value; anything else at the start of a list element is a new scheme.
-    const parameter = take(/^([!#$%&'*+.^_`|~\w-]+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([!#$%&'*+.^_`|~\w-]+))\s*(?=,|$)/);
+    const parameter = take(/^([!#$%&'*+.^_`|~\w-]+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([!#$%&'*+.^_`|~\w-]+))\s*/);
     const current = challenges.at(-1);
     if (parameter !== undefined) {
       const [, name = "", quoted, bare = ""] = parameter;
       if (current === undefined || current.token68 !== undefined) return challenges;
-      current.parameters[name.toLowerCase()] ??= quoted?.replace(/\\(.)/g, "$1") ?? bare;
+      const key = name.toLowerCase();
+      if (!Object.hasOwn(current.parameters, key)) current.parameters[key] = quoted?.replace(/\\(.)/g, "$1") ?? bare;
+      if (rest !== "" && !rest.startsWith(",")) return challenges;
       continue;
     }
     const scheme = take(/^([!#$%&'*+.^_`|~\w-]+)(?:\s+|(?=,|$))/);
@@ -1095,7 +1127,7 @@ export function selectManifest(entries: Descriptor[], platform: Platform): Descr
   const fits = images.filter(hasPlatform)
     .map((entry) => ({ entry, offered: normalizePlatform(entry.platform ?? {}) }))
     .filter(({ offered }) => offered.os === wanted.os && offered.architecture === wanted.architecture);
-  const implied = IMPLIED_VARIANTS[wanted.architecture];
+  const implied = IMPLIED_VARIANTS.get(wanted.architecture);
   const fit = platform.variant
     ? fits.find(({ offered }) => (offered.variant ?? implied) === wanted.variant)
     : fits.find(({ entry }) => !entry.platform?.variant) ?? fits.find(({ offered }) => offered.variant === implied) ??
@@ -1104,7 +1136,7 @@ export function selectManifest(entries: Descriptor[], platform: Platform): Descr
 }
 
 /** What an architecture means that is named without a variant. */
-const IMPLIED_VARIANTS: Record<string, string> = { amd64: "v1", arm64: "v8", arm: "v7" };
+const IMPLIED_VARIANTS = new Map([["amd64", "v1"], ["arm64", "v8"], ["arm", "v7"]]);
 
 /** Attestations stand in an index beside the images that they are about. */
 function isImage({ platform, annotations }: Descriptor): boolean {
@@ -1121,18 +1153,16 @@ async function fetchDocument(
   { image, registry, settings }: { image: ImageReference; registry: Registry; settings: Settings },
 ): Promise<Document> {
   const accept = [...INDEX_TYPES, ...MANIFEST_TYPES, ...SCHEMA1_TYPES].join(", ");
-  const exchange = await registry.get(`manifests/${reference}`, accept);
-  const body = await readAll(exchange, MAX_MANIFEST_BYTES, settings);
+  const ask = () => registry.get(`manifests/${reference}`, accept);
+  const { exchange, body } = await askWhole(ask, { limit: MAX_MANIFEST_BYTES, settings });
   const name = formatReference(DIGEST.test(reference) ? { ...image, tag: undefined, digest: reference } : image);
   const fail = (state: string) => integrity("read manifest", name, state);
   if (body === undefined) throw fail(`it has more than ${MAX_MANIFEST_BYTES} bytes`);
-  const json = parseJson(body);
-  const signed = json === undefined ? body : signedPayload(json, body);
   const isNamed = DIGEST.test(reference);
-  const digest = digestOf(signed, isNamed ? reference : "sha256:");
-  if (isNamed && digest !== reference && digestOf(body, reference) !== reference) {
-    throw fail(`its bytes have the digest ${digest}`);
-  }
+  const content = isNamed && digestOf(body, reference) === reference ? body : signedPayload(body);
+  const digest = digestOf(content, isNamed ? reference : "sha256:");
+  if (isNamed && digest !== reference) throw fail(`its bytes have the digest ${digest}`);
+  const json = parseJson(content);
   if (json === undefined) throw fail("it is no JSON object");
   return readDocument(json, { digest, contentType: exchange.response.headers.get("content-type") ?? "", fail });
 }
@@ -1142,10 +1172,14 @@ function digestOf(bytes: Uint8Array, like: string): string {
   return `${algorithm}:${createHash(algorithm).update(bytes).digest("hex")}`;
 }
 
-/** A signed schema 1 manifest is named by the digest of its payload, which its signature says how to restore. */
-function signedPayload(json: NonNullable<ReturnType<typeof parseJson>>, body: Uint8Array): Uint8Array {
-  const header = json.signatures?.[0]?.protected;
-  if (json.schemaVersion !== 1 || typeof header !== "string") return body;
+/**
+ * A signed schema 1 manifest is named by the digest of its payload, which its signature says how to restore. Nothing but
+ * the payload may be read then, for the digest speaks of nothing else.
+ */
+function signedPayload(body: Uint8Array): Uint8Array {
+  const json = parseJson(body);
+  const header = json?.signatures?.[0]?.protected;
+  if (json?.schemaVersion !== 1 || typeof header !== "string") return body;
   const format = parseJson(Buffer.from(header, "base64url"));
   if (!Number.isInteger(format?.formatLength) || typeof format?.formatTail !== "string") return body;
   return Buffer.concat([body.subarray(0, format.formatLength), Buffer.from(format.formatTail, "base64url")]);
@@ -1180,11 +1214,17 @@ function readDocument(
 
 function readDescriptors(value: unknown, fail: (state: string) => FetchWheelsError): Descriptor[] {
   if (!Array.isArray(value)) throw fail("it lists neither manifests nor layers, as its media type promises");
-  for (const { digest, size } of value.map((entry) => entry ?? {})) {
+  for (const { digest, size, platform } of value.map((entry) => entry ?? {})) {
     if (typeof digest !== "string" || !DIGEST.test(digest)) throw fail(`${quote(String(digest))} in it is no digest`);
+    if (!isPlatform(platform ?? {})) throw fail(`the platform of ${digest} is none`);
     if (size !== undefined && !(Number.isSafeInteger(size) && size >= 0)) throw fail(`the size of ${digest} is none`);
   }
   return value;
+}
+
+function isPlatform(value: unknown): boolean {
+  const { os, architecture, variant } = value as Record<string, unknown>;
+  return [os, architecture, variant].every((part) => typeof (part ?? "") === "string");
 }
 
 function finalLayer({ layers }: Manifest, name: string): { layer: Descriptor; info: LayerInfo } {
@@ -1225,27 +1265,58 @@ async function* verified(bytes: AsyncIterable<Uint8Array>, { digest, size }: Des
 /** gzip, zstd or neither, by what the first bytes say. Reads its input to the end, whatever the decoder thinks of it. */
 async function* decompress(bytes: AsyncIterable<Uint8Array>): AsyncGenerator<Uint8Array> {
   const input = bytes[Symbol.asyncIterator]();
+  const head = await readHead(input, 4);
+  const whole = rejoin(head, input);
+  if (head[0] === 0x1f && head[1] === 0x8b) yield* gunzip(whole);
+  else if (Buffer.from(head).subarray(0, 4).toString("hex") === "28b52ffd") yield* unzstd(whole);
+  else yield* whole;
+}
+
+async function* rejoin(head: Uint8Array, rest: AsyncIterator<Uint8Array>): AsyncGenerator<Uint8Array> {
   try {
-    const head = await readHead(input, 4);
-    const decoder = decoderFor(head);
-    if (decoder === undefined) {
-      yield head;
-      yield* { [Symbol.asyncIterator]: () => input };
-      return;
-    }
-    const feeding = feed(decoder, head, input);
+    yield head;
+    yield* { [Symbol.asyncIterator]: () => rest };
+  } finally {
+    await rest.return?.();
+  }
+}
+
+/** RFC 8878. Not `createZstdDecompress`: Deno's drops what follows a frame in the same chunk, and layers have many. */
+async function* unzstd(input: AsyncIterable<Uint8Array>): AsyncGenerator<Uint8Array> {
+  const ready: Uint8Array[] = [];
+  const decoder = new ZstdDecompress((chunk) => ready.push(chunk.slice()));
+  const push = (chunk: Uint8Array, isLast: boolean) => {
     try {
-      for await (const chunk of decoder) yield chunk;
+      decoder.push(chunk, isLast);
     } catch (error) {
-      const isDecoders = error instanceof Error && ("code" in error || error.message.startsWith("Zstd"));
-      throw isDecoders ? integrity("decompress", "the layer", error.message, error) : error;
-    } finally {
-      decoder.destroy();
+      throw integrity("decompress", "the layer", (error as Error).message, error);
     }
+  };
+  for await (const chunk of input) {
+    push(chunk, false);
+    yield* ready.splice(0);
+  }
+  push(new Uint8Array(), true);
+  yield* ready.splice(0);
+}
+
+/**
+ * RFC 1952. Not `DecompressionStream`: it refuses gzip of several members, as pigz and eStargz write it. Not `pipeline`
+ * either: it stops reading when the decoder has all that it wants, and then the rest would go unverified.
+ */
+async function* gunzip(input: AsyncGenerator<Uint8Array>): AsyncGenerator<Uint8Array> {
+  const decoder = createGunzip({ chunkSize: INFLATE_CHUNK_BYTES });
+  const feeding = feed(decoder, input);
+  try {
+    for await (const chunk of decoder) yield chunk;
     const failure = await feeding;
     if (failure !== undefined) throw failure;
+  } catch (error) {
+    const isDecoders = error instanceof Error && String((error as NodeJS.ErrnoException).code).startsWith("Z_");
+    throw isDecoders ? integrity("decompress", "the layer", error.message, error) : error;
   } finally {
-    await input.return?.();
+    decoder.destroy();
+    await input.return(undefined);
   }
 }
 
@@ -1259,28 +1330,15 @@ async function readHead(input: AsyncIterator<Uint8Array>, length: number): Promi
   return head;
 }
 
-/** RFC 1952 and RFC 8878. Not `DecompressionStream`: it refuses gzip of several members, as pigz and eStargz write it. */
-function decoderFor([a, b, c, d]: Uint8Array): Duplex | undefined {
-  const options = { chunkSize: INFLATE_CHUNK_BYTES };
-  if (a === 0x1f && b === 0x8b) return createGunzip(options);
-  if (a === 0x28 && b === 0xb5 && c === 0x2f && d === 0xfd) return createZstdDecompress(options);
-  return undefined;
-}
-
-/**
- * Not `pipeline`: it stops reading when a decoder has all that it wants, and then the rest would go unverified. Returns
- * what went wrong only where the decoder can no longer pass it on.
- */
-async function feed(decoder: Duplex, head: Uint8Array, input: AsyncIterator<Uint8Array>): Promise<unknown> {
+/** Returns what went wrong only where the decoder, being at its end, can no longer pass it on. */
+async function feed(decoder: Duplex, input: AsyncIterable<Uint8Array>): Promise<unknown> {
   let isOver = false;
   const over = new Promise<void>((resolve) => {
     for (const event of ["end", "error", "close"]) decoder.once(event, () => resolve(void (isOver = true)));
   });
   try {
-    for (let chunk: Uint8Array | undefined = head; chunk !== undefined;) {
+    for await (const chunk of input) {
       if (!isOver && !decoder.write(chunk)) await Promise.race([once(decoder, "drain").catch(() => {}), over]);
-      const next = await input.next();
-      chunk = next.done ? undefined : next.value;
     }
     decoder.end();
     return undefined;
@@ -1296,7 +1354,7 @@ async function feed(decoder: Duplex, head: Uint8Array, input: AsyncIterator<Uint
 
 /** A member as it may be written: its path is relative, clean and inside. */
 type Member =
-  | { kind: "file"; path: string; mode: number; mtime: Date | undefined; body: ReadableStream<Uint8Array> }
+  | { kind: "file"; path: string; mode: number; mtime: Date | undefined; body: AsyncIterable<Uint8Array> }
   | { kind: "directory"; path: string; mode: number }
   | { kind: "hardlink"; path: string; target: string }
   | { kind: "symlink"; path: string; target: string }
@@ -1304,15 +1362,20 @@ type Member =
 
 async function* tarMembers(bytes: AsyncIterable<Uint8Array>): AsyncGenerator<Member> {
   const entries = ReadableStream.from(refuseOddTypes(bytes)).pipeThrough(createTarDecoder({ strict: true }));
+  for await (const entry of orTarError(entries)) {
+    const member = safeMember(entry);
+    if (member?.kind !== "file") await entry.body.cancel();
+    if (member !== undefined) yield member;
+  }
+}
+
+/** The decoder's own errors are plain ones. They reach whoever reads when they happen: the list, or a member's body. */
+async function* orTarError<T>(items: AsyncIterable<T>): AsyncGenerator<T> {
   try {
-    for await (const entry of entries) {
-      const member = safeMember(entry);
-      if (member?.kind !== "file") await entry.body.cancel();
-      if (member !== undefined) yield member;
-    }
+    yield* items;
   } catch (error) {
-    const isTar = error instanceof Error && error.constructor === Error && !("code" in error);
-    throw isTar ? integrity("read archive", "the layer", error.message.replace(/\.$/, ""), error) : error;
+    const isDecoders = error instanceof Error && error.constructor === Error && !("code" in error);
+    throw isDecoders ? integrity("read archive", "the layer", error.message.replace(/\.$/, ""), error) : error;
   }
 }
 
@@ -1322,7 +1385,7 @@ function safeMember({ header, body }: ParsedTarEntry): Member | undefined {
   const pax = header.pax ?? {};
   const sparse = Object.keys(pax).find((key) => key.startsWith("GNU.sparse."));
   if (sparse !== undefined) throw fail("it is a GNU sparse file, which is not supported");
-  if (pax.size !== undefined && !/^\d+$/.test(pax.size)) throw fail(`${quote(pax.size)} is no size`);
+  if (pax.size !== undefined && pax.size !== String(header.size)) throw fail(`${quote(pax.size)} is no size`);
   if (!Number.isSafeInteger(header.size)) throw fail(`${header.size} is no size`);
   if (header.name.includes("\ufffd")) throw fail("its name is not UTF-8");
 
@@ -1339,7 +1402,7 @@ function safeMember({ header, body }: ParsedTarEntry): Member | undefined {
   switch (header.type) {
     case "file":
     case undefined:
-      return { kind: "file", path, mode: (mode & 0o777) | 0o600, mtime: header.mtime, body };
+      return { kind: "file", path, mode: (mode & 0o777) | 0o600, mtime: header.mtime, body: orTarError(body) };
     case "directory":
       return { kind: "directory", path, mode: (mode & 0o777) | 0o700 };
     case "link":
@@ -1624,29 +1687,31 @@ function assertInside(path: string, symlinks: Map<string, string>): void {
 class Tarball implements Target {
   readonly #output: string | WritableStream<Uint8Array>;
   readonly #staged: string | undefined;
+  readonly #file: number | undefined;
 
   constructor(output: string | WritableStream<Uint8Array>) {
     this.#output = output;
     if (typeof output !== "string") return;
     const there = onDisk("use", output, () => fs.statSync(output, { throwIfNoEntry: false }));
-    if (there?.isDirectory()) throw occupied(output, "it is a directory");
+    // A link stays one, and its target is what is replaced.
+    const file = there?.isFile() ? onDisk("use", output, () => fs.realpathSync(output)) : output;
+    this.#output = file;
+    if (there?.isDirectory()) throw occupied(file, "it is a directory");
     // A device or a pipe must be written to, not replaced.
-    if (there === undefined || there.isFile()) this.#staged = join(dirname(output), stagingName(basename(output)));
-    onDisk("write", output, () => fs.closeSync(fs.openSync(this.#staged ?? output, this.#staged ? "wx" : "w")));
+    if (there === undefined || there.isFile()) this.#staged = join(dirname(file), stagingName(basename(file)));
+    this.#file = onDisk("write", file, () => fs.openSync(this.#staged ?? file, this.#staged ? "wx" : "w"));
   }
 
   async receive(bytes: AsyncIterable<Uint8Array>): Promise<Pick<FetchResult, "files" | "skipped">> {
     const output = this.#output;
     if (typeof output !== "string") {
-      await ReadableStream.from(bytes).pipeTo(output, { preventClose: true });
+      await ReadableStream.from(bytes).pipeTo(output, { preventClose: true }).catch((error) => {
+        throw diskError("write", "stdout", error);
+      });
       return { files: [], skipped: [] };
     }
-    const file = onDisk("write", output, () => fs.openSync(this.#staged ?? output, "w"));
-    try {
-      for await (const chunk of bytes) onDisk("write", output, () => writeFully(file, chunk));
-    } finally {
-      fs.closeSync(file);
-    }
+    const file = this.#file ?? -1;
+    for await (const chunk of bytes) onDisk("write", output, () => writeFully(file, chunk));
     const staged = this.#staged;
     if (staged !== undefined) onDisk("publish", output, () => fs.renameSync(staged, output));
     return { files: [], skipped: [] };
@@ -1655,6 +1720,7 @@ class Tarball implements Target {
   [Symbol.dispose](): void {
     const staged = this.#staged;
     if (staged !== undefined) onDisk("remove", staged, () => fs.rmSync(staged, { force: true }));
+    if (this.#file !== undefined) fs.closeSync(this.#file);
   }
 }
 
@@ -1692,6 +1758,7 @@ const DISK_STATES: Record<string, string> = {
   ENOTDIR: "a part of its path is no directory",
   ENOENT: "no such file or directory",
   EEXIST: "it is there already",
+  EPIPE: "its reader has gone away",
   ENAMETOOLONG: "the name is too long",
 };
 
@@ -1704,7 +1771,7 @@ type Source = { kind: "image"; image: ImageReference } | { kind: "url"; url: URL
 
 function parseSource(text: string): Source {
   if (/^https?:\/\//i.test(text)) {
-    if (!URL.canParse(text)) throw usage("parse URL", text.split("?")[0] ?? "", "it is none");
+    if (!URL.canParse(text)) throw usage("parse URL", withoutSecrets(text.split("?")[0] ?? ""), "it is none");
     return { kind: "url", url: new URL(text) };
   }
   if (/^\.{0,2}\//.test(text)) return { kind: "file", path: text };
@@ -1745,13 +1812,24 @@ async function openImage(image: ImageReference, settings: Settings): Promise<Ope
 }
 
 async function openUrl(url: URL, settings: Settings): Promise<AsyncIterable<Uint8Array>> {
-  const [username, password] = [url.username, url.password].map(decodeURIComponent) as [string, string];
+  const { username, password } = decodedUser(url);
   const bare = new URL(url);
   bare.username = bare.password = "";
   const headers: Record<string, string> = username === "" ? {} : { authorization: basic({ username, password }) };
   const exchange = await request([bare], headers, settings);
-  if (!exchange.response.ok) throw await statusError("fetch", displayUrl(url), { exchange, settings });
+  if (!exchange.response.ok) {
+    throw statusError("fetch", displayUrl(url), { exchange, body: await readError(exchange, settings) });
+  }
   return bodyOf(exchange, settings);
+}
+
+function decodedUser(url: URL): Credentials {
+  try {
+    return { username: decodeURIComponent(url.username), password: decodeURIComponent(url.password) };
+  } catch (error) {
+    if (!(error instanceof URIError)) throw error;
+    throw usage("use URL", displayUrl(url), "its user name or password is not encoded well");
+  }
 }
 
 function openFile(path: string): AsyncIterable<Uint8Array> {
@@ -1813,7 +1891,7 @@ export interface Io {
  * @returns Exit code
  */
 export async function main(args: string[], io: Io): Promise<number> {
-  const log = (text: string) => io.stderr(`fetch_wheels: ${text}\n`);
+  const log = (text: string) => io.stderr(`fetch_wheels: ${oneLine(text)}\n`);
   let isVerbose = args.includes("-v") || args.includes("--verbose");
   try {
     const { source, options, print } = readCommandLine(args, io);
@@ -1839,12 +1917,20 @@ function reportError(thrown: unknown, log: (text: string) => void, isVerbose: bo
   const error = explain(thrown);
   const isOurs = error instanceof FetchWheelsError;
   log(isOurs ? error.message : `Cannot go on: ${error instanceof Error ? error.message.split("\n")[0] : error}`);
-  const hint = isOurs ? error.hint : "this is a fault of fetch_wheels; --verbose shows where";
+  const help = isOurs && error.kind === "usage" ? "fetch_wheels --help lists the options" : undefined;
+  const hint = isOurs ? error.hint ?? help : "this is a fault of fetch_wheels; --verbose shows where";
   if (hint !== undefined) log(`hint: ${hint}`);
   if (isVerbose && error instanceof Error) {
-    for (let e: unknown = error; e instanceof Error; e = e.cause) (e.stack ?? e.message).split("\n").forEach(log);
+    for (let e: unknown = error; e instanceof Error; e = e.cause) {
+      withoutSecrets(e.stack ?? e.message).split("\n").forEach(log);
+    }
   }
   return EXIT_CODES[isOurs ? error.kind : "internal"];
+}
+
+/** What others say in their errors may hold a URL with a password or a signature. */
+function withoutSecrets(text: string): string {
+  return text.replace(/(https?:\/\/)[^\s/]*@/gi, "$1").replace(/(https?:\/\/[^\s?"]*)\?[^\s")]*/gi, "$1?…");
 }
 
 /** The options as commander leaves them. */
@@ -1952,7 +2038,7 @@ function readCommandLine(args: string[], io: Io): CommandLine {
     const [message = "", ...more] = error.message.replace(/^error: |(?<= but got \d+): .*/g, "").replaceAll("'", '"')
       .split("\n");
     throw new FetchWheelsError("usage", `Cannot read the command line: ${message.replace(/\.$/, "")}`, {
-      hint: more.join(" ").replace(/[()]/g, "") || "fetch_wheels --help lists the options",
+      hint: more.join(" ").replace(/[()]/g, "") || undefined,
     });
   }
   const options = command.opts<CommandOptions>();

@@ -345,7 +345,13 @@ export function makeImage(fields: ImageFields): MadeImage {
   const layers = fields.layers.map(asPlain);
   const platform = { architecture, os, ...(variant !== undefined && { variant }) };
   const rootfs = { type: "layers", diff_ids: fields.diffIds ?? layers.map((layer) => sha256(inflate(layer))) };
-  const config = json({ created: FIXED_DATE, ...platform, config: {}, rootfs, history: [] });
+  const config = json({
+    created: FIXED_DATE,
+    ...platform,
+    config: {},
+    rootfs,
+    history: layers.map(() => ({ created: FIXED_DATE })),
+  });
   const mediaType = format === "oci" ? MEDIA.ociManifest : MEDIA.dockerManifest;
   const manifest = json({
     schemaVersion: 2,
