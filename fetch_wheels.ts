@@ -1,4 +1,4 @@
-#!/usr/bin/env -S deno run --allow-net --allow-read --allow-write --allow-env=WHEELS*,REGISTRY_*,HTTPS_PROXY,NO_PROXY,https_proxy,no_proxy
+#!/usr/bin/env -S deno run --allow-net --allow-read --allow-write --allow-env=WHEELS*,REGISTRY_*,FETCH_WHEELS_CACHE,HTTPS_PROXY,NO_PROXY,https_proxy,no_proxy
 /**
  * Takes the final layer out of a container image, straight from its registry, checks every byte, and leaves the Python
  * wheels in a directory, all or nothing, ready for `pip install --no-index --find-links`.
@@ -62,7 +62,18 @@ const FIRST_DELAY_MS = 500;
 const LONGEST_DELAY_MS = 30_000;
 /** A build that would wait longer than this does better to fail and say why. */
 const LONGEST_RETRY_AFTER_MS = 60_000;
+/** A link that drops again and again may cost this many tries for each one that may fail without a byte in between. */
+const WHOLE_RETRIES_FACTOR = 20;
+const DEFAULT_CONNECTIONS = 4;
+const MAX_CONNECTIONS = 16;
+/** Below this a second connection costs more than it brings. */
+const PARALLEL_FROM_BYTES = 32 * 1024 * 1024;
+/** Memory is bounded by this times the connections; each is one request. */
+const RANGE_BYTES = 8 * 1024 * 1024;
 const MAX_REDIRECTS = 10;
+const LOCK_NAME = "lock";
+/** A staging directory as young as this may not have its lock yet. */
+const YOUNG_MS = 60_000;
 /** The distribution specification lets registries refuse larger manifests, and so clients may too. */
 const MAX_MANIFEST_BYTES = 4 * 1024 * 1024;
 const MAX_TOKEN_BYTES = 1024 * 1024;
@@ -186,6 +197,7 @@ export type ProgressEvent =
   | { type: "request"; url: string; status: number }
   | { type: "retry"; reason: string; delayMs: number }
   | { type: "resolved"; image: ImageReference; layer: LayerInfo; platform: string | null }
+  | { type: "cached"; digest: string; size: number }
   | { type: "bytes"; received: number; total?: number }
   | { type: "warning"; message: string };
 
@@ -229,6 +241,15 @@ export interface FetchWheelsOptions {
    * @default {30}
    */
   timeout?: number;
+  /**
+   * How many connections may fetch a large layer at once, 1 to 16.
+   * @default {4}
+   */
+  connections?: number;
+  /** Base URLs of mirrors, which are asked first, and without the registry's credentials. */
+  mirrors?: string[];
+  /** Directory that keeps layers by digest, laid out as the `blobs` of an OCI layout. */
+  cache?: string;
   /** Stops everything and cleans up. */
   signal?: AbortSignal;
   /** Used in place of the global `fetch`. */
@@ -302,50 +323,74 @@ export interface FetchResult {
  */
 export async function fetchWheels(source: string, options: FetchWheelsOptions = {}): Promise<FetchResult> {
   using settings = settle(options);
-  const started = performance.now();
   try {
-    const parsed = parseSource(source);
-    // Before anything is asked for: a disk that cannot be written to is better known before half a gigabyte came.
-    using target: Target = settings.output === undefined ? new StagedTree(settings.dest) : new Tarball(settings.output);
-    const { bytes, layer, ...origin } = await openSource(parsed, settings);
-    const progress: Progress = { received: 0, total: layer?.size ?? undefined, settings };
-    const { files, skipped } = await target.receive(watched(bytes, progress));
-    return {
-      source,
-      ...origin,
-      layer: layer && { ...layer, size: progress.received },
-      dest: settings.output === undefined ? settings.dest : null,
-      output: typeof settings.output === "object" ? "-" : settings.output ?? null,
-      files,
-      skipped,
-      bytes: progress.received,
-      seconds: Math.round(performance.now() - started) / 1000,
-    };
+    return await fetchOnce(source, settings);
   } catch (error) {
-    throw settings.signal.aborted ? settings.signal.reason : explain(error);
+    const isIntegrity = error instanceof FetchWheelsError && error.kind === "integrity";
+    const isSecondHand = settings.mirrors.length > 0 || settings.cache !== undefined;
+    if (!isIntegrity || !isSecondHand || typeof settings.output === "object") throw explain(error, settings);
+    settings.onProgress({ type: "warning", message: `${error.message}; once more, from the registry alone` });
+    return await fetchOnce(source, { ...settings, mirrors: [], isFresh: true })
+      .catch((again) => Promise.reject(explain(again, settings)));
   }
 }
 
+async function fetchOnce(source: string, settings: Settings): Promise<FetchResult> {
+  const started = performance.now();
+  const parsed = parseSource(source);
+  // Before anything is asked for: a disk that cannot be written to is better known before half a gigabyte came.
+  using target: Target = settings.output === undefined ? new StagedTree(settings.dest) : new Tarball(settings.output);
+  const { bytes, layer, ...origin } = await openSource(parsed, settings);
+  const progress: Progress = { received: 0, total: layer?.size ?? undefined, settings };
+  const { files, skipped } = await target.receive(watched(bytes, progress));
+  return {
+    source,
+    ...origin,
+    layer: layer && { ...layer, size: progress.received },
+    dest: settings.output === undefined ? settings.dest : null,
+    output: typeof settings.output === "object" ? "-" : settings.output ?? null,
+    files,
+    skipped,
+    bytes: progress.received,
+    seconds: Math.round(performance.now() - started) / 1000,
+  };
+}
+
 /** The options with every default in its place. Disposing of them closes the connections. */
-interface Settings
-  extends Required<Omit<FetchWheelsOptions, "output" | "platform" | "caFile" | "username" | "password">>, Disposable {
+interface Settings extends
+  Required<
+    Omit<FetchWheelsOptions, "output" | "platform" | "caFile" | "username" | "password" | "mirrors" | "cache">
+  >,
+  Disposable {
   output?: string | WritableStream<Uint8Array>;
   platform: Platform;
   credentials?: Credentials;
+  mirrors: URL[];
+  cache?: string;
+  /** Whether what the cache has is to be thrown away. */
+  isFresh: boolean;
 }
 
 function settle(options: FetchWheelsOptions): Settings {
   const { retries = DEFAULT_RETRIES, timeout = DEFAULT_TIMEOUT, protocol = "detect", insecure = false } = options;
   if (!Number.isInteger(retries) || retries < 0) throw usage("use", String(retries), "retries is no whole number");
   if (!(timeout > 0 && timeout <= 86_400)) throw usage("use", String(timeout), "timeout is not from 0 to 86400 s");
+  const { connections = DEFAULT_CONNECTIONS } = options;
+  if (!Number.isInteger(connections) || connections < 1 || connections > MAX_CONNECTIONS) {
+    throw usage("use", String(connections), `connections are from 1 to ${MAX_CONNECTIONS}`);
+  }
   const platform = options.platform === undefined ? hostPlatform() : parsePlatform(options.platform);
   const credentials = givenCredentials(options);
+  const mirrors = (options.mirrors ?? []).map(parseMirror);
   const pem = options.caFile === undefined ? [] : readCertificates(options.caFile);
-  const client = Deno.createHttpClient({ caCerts: pem });
+  // HTTP/2 would put all ranges on one connection, and that is the one that is throttled.
+  const client = Deno.createHttpClient({ caCerts: pem, http2: false });
   return {
     dest: resolvePath(options.dest || DEFAULT_DEST),
     output: options.output,
-    ...{ platform, protocol, insecure, credentials, retries, timeout },
+    ...{ platform, protocol, insecure, credentials, retries, timeout, connections, mirrors },
+    cache: options.cache === undefined ? undefined : resolvePath(options.cache),
+    isFresh: false,
     signal: options.signal ?? new AbortController().signal,
     fetch: options.fetch ?? trustingFetch(client, pem, insecure),
     delay: options.delay ?? delay,
@@ -355,16 +400,26 @@ function settle(options: FetchWheelsOptions): Settings {
   };
 }
 
-/** Puts what Deno and Node throw for the disk and for missing permissions into this module's terms. */
-function explain(error: unknown): unknown {
-  if (error instanceof Deno.errors.NotCapable) {
-    const flag = /--allow-[a-z]+/.exec(error.message)?.[0] ?? "the permission";
-    return new FetchWheelsError("io", `Cannot go on: ${error.message.split(",")[0]}`, {
-      hint: `run deno with ${flag}`,
-      cause: error,
-    });
+function parseMirror(text: string): URL {
+  const isUrl = /^https?:\/\//i.test(text) && URL.canParse(text);
+  if (!isUrl) {
+    throw usage(
+      "use mirror",
+      text.replace(/\/\/[^/]*@/, "//"),
+      "it is no http(s) URL",
+      "such as https://mirror.lan:5000",
+    );
   }
-  return error;
+  return new URL(text);
+}
+
+/** Puts what Deno and Node throw for the disk and for missing permissions into this module's terms. */
+function explain(error: unknown, settings?: Settings): unknown {
+  if (settings?.signal.aborted) return settings.signal.reason;
+  if (!(error instanceof Deno.errors.NotCapable)) return error;
+  const flag = /--allow-[a-z]+/.exec(error.message)?.[0] ?? "the permission";
+  const message = `Cannot go on: ${error.message.split(",")[0]}`;
+  return new FetchWheelsError("io", message, { hint: `run deno with ${flag}`, cause: error });
 }
 
 function usage(action: string, value: string, cause: string, hint?: string): FetchWheelsError {
@@ -547,31 +602,50 @@ interface Exchange {
   controller: AbortController;
 }
 
+/** What may still go wrong. Bytes that come in restore the tries, but not without end. */
+interface Patience {
+  failures: number;
+  readonly whole: { failures: number };
+}
+
 /** Asks the first of these URLs that can be connected to, and again while the failure may pass. */
-async function request(urls: URL[], headers: Record<string, string>, settings: Settings): Promise<Exchange> {
-  for (let attempt = 0;; attempt++) {
-    let reason: string;
-    let wait = backoff(attempt);
+async function request(
+  urls: URL[],
+  headers: Record<string, string>,
+  { settings, patience = newPatience() }: { settings: Settings; patience?: Patience },
+): Promise<Exchange> {
+  while (true) {
     try {
       const exchange = await askFirst(urls, headers, settings);
-      const { status, headers: answered } = exchange.response;
-      if (!isTransient(status) || attempt >= settings.retries) return exchange;
-      const asked = retryAfter(answered.get("retry-after"), settings.now());
-      if (asked !== undefined && asked > LONGEST_RETRY_AFTER_MS) {
-        const body = await readError(exchange, settings);
-        const error = statusError("fetch", displayUrl(exchange.url), { exchange, body });
-        throw new FetchWheelsError("network", `${error.message}; it asks to wait ${Math.ceil(asked / 1000)} s`);
-      }
-      wait = asked ?? wait;
-      reason = `${displayUrl(exchange.url)} answered ${status}`;
-      await exchange.response.body?.cancel();
+      if (!isTransient(exchange.response.status)) return exchange;
+      const waitMs = retryAfter(exchange.response.headers.get("retry-after"), settings.now());
+      const body = await readError(exchange, settings);
+      const { message } = statusError("fetch", displayUrl(exchange.url), { exchange, body });
+      throw new RequestError("status", message, { waitMs });
     } catch (error) {
-      if (!(error instanceof ConnectionError) || !error.passing || attempt >= settings.retries) throw error;
-      reason = error.message;
+      await beforeRetry(error, patience, settings);
     }
-    settings.onProgress({ type: "retry", reason, delayMs: wait });
-    await settings.delay(wait, settings.signal);
   }
+}
+
+function newPatience(whole = { failures: 0 }): Patience {
+  return { failures: 0, whole };
+}
+
+/** Waits until it is time for another try. Throws the failure where another try is of no use, or there is none left. */
+async function beforeRetry(error: unknown, patience: Patience, settings: Settings): Promise<void> {
+  settings.signal.throwIfAborted();
+  if (!(error instanceof RequestError) || !error.mayPass) throw error;
+  const { message, waitMs } = error;
+  if (waitMs !== undefined && waitMs > LONGEST_RETRY_AFTER_MS) {
+    const state = `${message}; it asks to wait ${Math.ceil(waitMs / 1000)} s, which is too long`;
+    throw new FetchWheelsError("network", state, { cause: error });
+  }
+  const isOver = ++patience.whole.failures > settings.retries * WHOLE_RETRIES_FACTOR;
+  if (++patience.failures > settings.retries || isOver) throw error;
+  const delayMs = waitMs ?? backoff(patience.failures - 1);
+  settings.onProgress({ type: "retry", reason: message, delayMs });
+  await settings.delay(delayMs, settings.signal);
 }
 
 function isTransient(status: number): boolean {
@@ -608,14 +682,14 @@ function delay(milliseconds: number, signal?: AbortSignal): Promise<void> {
 }
 
 async function askFirst(urls: URL[], headers: Record<string, string>, settings: Settings): Promise<Exchange> {
-  let failure: ConnectionError | undefined;
+  let failure: RequestError | undefined;
   for (const url of urls) {
     try {
       return await followRedirects(url, headers, settings);
     } catch (error) {
       // A refused certificate must not lead to plain http: that is what an attacker would want.
-      if (!(error instanceof ConnectionError) || error.reason === "certificate") throw error;
-      if (failure === undefined || !failure.passing) failure = error;
+      if (!(error instanceof RequestError) || error.reason === "certificate") throw error;
+      if (failure === undefined || !failure.mayPass) failure = error;
     }
   }
   throw failure;
@@ -656,11 +730,10 @@ function redirectTarget(location: string, base: URL): URL {
   return target;
 }
 
-/** One request, no more. Ends with an answer's head or a `ConnectionError`. */
+/** One request, no more. Ends with an answer's head or a `RequestError`. */
 async function send(url: URL, headers: Record<string, string>, settings: Settings): Promise<Exchange> {
   const controller = new AbortController();
-  const silent = () => controller.abort(new ConnectionError(url, "silent", `nothing came for ${settings.timeout} s`));
-  const timer = setTimeout(silent, settings.timeout * 1000);
+  const timer = setTimeout(() => controller.abort(silence(url, settings)), settings.timeout * 1000);
   try {
     const response = await settings.fetch(url, {
       // Deno would otherwise ask for gzip and decode it, and no digest would fit.
@@ -673,7 +746,7 @@ async function send(url: URL, headers: Record<string, string>, settings: Setting
   } catch (error) {
     settings.signal.throwIfAborted();
     controller.signal.throwIfAborted();
-    throw error instanceof Deno.errors.NotCapable ? error : connectionError(url, error);
+    throw error instanceof Deno.errors.NotCapable ? error : requestError(url, error);
   } finally {
     clearTimeout(timer);
   }
@@ -683,7 +756,7 @@ async function send(url: URL, headers: Record<string, string>, settings: Setting
 async function* bodyOf({ response, url, controller }: Exchange, settings: Settings): AsyncGenerator<Uint8Array> {
   if (response.body === null) return;
   const reader = response.body.getReader();
-  const silent = () => controller.abort(new ConnectionError(url, "silent", `nothing came for ${settings.timeout} s`));
+  const silent = () => controller.abort(silence(url, settings));
   try {
     while (true) {
       // The clock runs only while this waits: a slow disk is not a silent network.
@@ -695,7 +768,7 @@ async function* bodyOf({ response, url, controller }: Exchange, settings: Settin
   } catch (error) {
     settings.signal.throwIfAborted();
     controller.signal.throwIfAborted();
-    throw connectionError(url, error);
+    throw requestError(url, error);
   } finally {
     controller.abort(); // whatever is left of the body
   }
@@ -703,18 +776,16 @@ async function* bodyOf({ response, url, controller }: Exchange, settings: Settin
 
 /** A small answer as a whole, asked for again where it breaks off. */
 async function askWhole(
-  ask: () => Promise<Exchange>,
+  ask: (patience: Patience) => Promise<Exchange>,
   { limit, settings }: { limit: number; settings: Settings },
 ): Promise<{ exchange: Exchange; body: Uint8Array | undefined }> {
-  for (let attempt = 0;; attempt++) {
-    const exchange = await ask();
+  const patience = newPatience();
+  while (true) {
+    const exchange = await ask(patience);
     try {
       return { exchange, body: await readAll(exchange, limit, settings) };
     } catch (error) {
-      if (!(error instanceof ConnectionError) || attempt >= settings.retries) throw error;
-      const delayMs = backoff(attempt);
-      settings.onProgress({ type: "retry", reason: error.message, delayMs });
-      await settings.delay(delayMs, settings.signal);
+      await beforeRetry(error, patience, settings);
     }
   }
 }
@@ -730,23 +801,36 @@ async function readAll(exchange: Exchange, limit: number, settings: Settings): P
   return Buffer.concat(chunks);
 }
 
-type ConnectionReason = "certificate" | "not-tls" | "refused" | "unreachable" | "silent" | "broken";
+type RequestReason = "certificate" | "not-tls" | "refused" | "unreachable" | "silent" | "broken" | "status";
 
-/** A request that got no answer, or an answer that broke off. */
-class ConnectionError extends FetchWheelsError {
-  readonly reason: ConnectionReason;
-  /** Whether another try may help. */
-  readonly passing: boolean;
+/** A request that got no answer, one that broke off, or one that says to come again. */
+class RequestError extends FetchWheelsError {
+  readonly reason: RequestReason;
+  /** What the server asked to wait. */
+  readonly waitMs?: number;
 
-  constructor(url: URL, reason: ConnectionReason, words: string, options: { hint?: string; cause?: unknown } = {}) {
-    super("network", `Cannot fetch ${quote(displayUrl(url))}: ${words}`, options);
+  constructor(
+    reason: RequestReason,
+    message: string,
+    options: { kind?: ErrorKind; hint?: string; cause?: unknown; waitMs?: number } = {},
+  ) {
+    super(options.kind ?? "network", message, options);
     this.reason = reason;
-    this.passing = reason !== "certificate" && reason !== "not-tls";
+    this.waitMs = options.waitMs;
+  }
+
+  /** Whether another try may help. */
+  get mayPass(): boolean {
+    return this.reason !== "certificate" && this.reason !== "not-tls";
   }
 }
 
+function silence(url: URL, { timeout }: Settings): RequestError {
+  return new RequestError("silent", `Cannot fetch ${quote(displayUrl(url))}: nothing came for ${timeout} s`);
+}
+
 /** What `fetch` and `node:https` throw, told by its words, for it has nothing else. */
-const CONNECTION_FAILURES: [pattern: RegExp, reason: ConnectionReason, words: string][] = [
+const CONNECTION_FAILURES: [pattern: RegExp, reason: RequestReason, words: string][] = [
   [/peer certificate|CERT|SELF_SIGNED|UNABLE_TO_/, "certificate", "its certificate is not trusted"],
   [/InvalidContentType|WRONG_VERSION_NUMBER/, "not-tls", "it does not speak TLS"],
   [/refused/i, "refused", "the connection is refused"],
@@ -755,12 +839,12 @@ const CONNECTION_FAILURES: [pattern: RegExp, reason: ConnectionReason, words: st
   [/timed? ?out/i, "silent", "the connection timed out"],
 ];
 
-const CONNECTION_HINTS: Partial<Record<ConnectionReason, string>> = {
+const CONNECTION_HINTS: Partial<Record<RequestReason, string>> = {
   certificate: "trust it with --ca-file PEM (REGISTRY_CA_FILE), or accept any certificate with --insecure",
   "not-tls": "if it speaks plain http: --protocol http (REGISTRY_PROTOCOL)",
 };
 
-function connectionError(url: URL, error: unknown): ConnectionError {
+function requestError(url: URL, error: unknown): RequestError {
   const { message, cause } = error as Error;
   const text = `${message} ${cause instanceof Error ? cause.message : ""} ${(error as { code?: string }).code ?? ""}`;
   const said = text.replace(/https?:\/\/[^\s)]*/g, ""); // what the user wrote must not be taken for a failure
@@ -769,7 +853,8 @@ function connectionError(url: URL, error: unknown): ConnectionError {
   const isHttpLikely = url.protocol === "https:" && reason === "refused";
   const hint = CONNECTION_HINTS[isHttpLikely ? "not-tls" : reason];
   const detail = reason === "certificate" || reason === "broken" ? ` (${brief(said)})` : "";
-  return new ConnectionError(url, reason, words + detail, { hint, cause: error });
+  const state = `Cannot fetch ${quote(displayUrl(url))}: ${words}${detail}`;
+  return new RequestError(reason, state, { hint, cause: error });
 }
 
 function network(action: string, url: URL, state: string): FetchWheelsError {
@@ -795,7 +880,9 @@ function statusError(
 ): FetchWheelsError {
   const kind = response.status === 404 ? "not-found" : [401, 403].includes(response.status) ? "auth" : "network";
   const said = registryWords(parseJson(body));
-  const words = `${displayUrl(url)} answered ${response.status}${said === "" ? "" : ` (${said})`}`;
+  const words = `${value === displayUrl(url) ? "it" : displayUrl(url)} answered ${response.status}${
+    said === "" ? "" : ` (${said})`
+  }`;
   return new FetchWheelsError(kind, `Cannot ${action} ${quote(value)}: ${words}`, { hint });
 }
 
@@ -868,10 +955,17 @@ async function nodeFetch(
 // 4 Auth: a 401's challenges to an Authorization header, on demand. A public image costs one token, a local one none.
 // ---------------------------------------------------------------------------------------------------------------------
 
-/** A registry, as far as one repository of it is concerned. */
+/** A registry or a mirror of it, as far as one repository is concerned. */
 interface Registry {
-  /** GETs a path below `/v2/<repository>/`; answers that are no success are errors. */
-  get(path: string, accept?: string): Promise<Exchange>;
+  readonly isMirror: boolean;
+  /** GETs a path below `/v2/<repository>/`. An answer that is neither a success nor expected is an error. */
+  get(path: string, options: GetOptions): Promise<Exchange>;
+}
+
+interface GetOptions {
+  headers?: Record<string, string>;
+  expected?: number[];
+  patience?: Patience;
 }
 
 /** A header that was obtained, the challenge it answers, and until when it may be used. */
@@ -882,44 +976,109 @@ interface Authorization {
   expires: number;
 }
 
-function openRegistry(image: ImageReference, settings: Settings): Registry {
-  let bases = baseUrls(image.registry, settings.protocol);
+/** What stands between a name and its bytes. */
+interface Access {
+  image: ImageReference;
+  settings: Settings;
+  credentials?: Credentials;
+  isMirror: boolean;
+}
+
+/** Mirrors first, and the registry itself last. No mirror sees the registry's credentials. */
+function openRegistries(image: ImageReference, settings: Settings): Registry[] {
+  const { credentials } = settings;
+  const mirrors = settings.mirrors.map((url) => {
+    const { username, password } = url;
+    const own = username === ""
+      ? undefined
+      : { username: decodeURIComponent(username), password: decodeURIComponent(password) };
+    return openRegistry([withoutUser(url)], {
+      image,
+      settings: { ...settings, retries: 0 },
+      credentials: own,
+      isMirror: true,
+    });
+  });
+  return [
+    ...mirrors,
+    openRegistry(baseUrls(image.registry, settings.protocol), { image, settings, credentials, isMirror: false }),
+  ];
+}
+
+function openRegistry(bases: URL[], access: Access): Registry {
+  const { image, settings, isMirror } = access;
+  let live = bases;
   let authorization: Authorization | undefined;
   const name = formatReference(image);
 
-  const get = async (path: string, accept?: string): Promise<Exchange> => {
-    const headers: Record<string, string> = accept === undefined ? {} : { accept };
+  const get = async (path: string, { headers = {}, expected = [], patience = newPatience() }: GetOptions) => {
     if (authorization !== undefined && authorization.expires <= settings.now()) {
-      authorization = await authorize(authorization.challenges, authorization.realmBase, { image, settings });
+      authorization = await authorize(authorization.challenges, authorization.realmBase, access);
     }
     for (let refusals = 0;;) {
-      const urls = bases.map((base) => new URL(`/v2/${image.repository}/${path}`, base));
+      const urls = live.map((base) => endpoint(base, path, access));
       const sent = authorization?.header;
-      const exchange = await request(
-        urls,
-        sent === undefined ? headers : { ...headers, authorization: sent },
-        settings,
-      );
-      bases = bases.filter(({ origin }) => origin === exchange.asked.origin);
-      if (exchange.response.ok) return exchange;
-      const fromRegistry = exchange.url.origin === exchange.asked.origin;
+      const all: Record<string, string> = sent === undefined ? headers : { ...headers, authorization: sent };
+      const exchange = await request(urls, all, { settings, patience });
+      const { response: { status, ok, headers: answered }, url, asked } = exchange;
+      live = live.filter(({ origin }) => origin === asked.origin);
+      if (ok || expected.includes(status)) return exchange;
       // A token may have run out on the way, so one is renewed; a password that is refused stays so.
       const isFinal = sent !== undefined && (++refusals > 1 || sent.startsWith("Basic "));
-      if (exchange.response.status !== 401 || !fromRegistry || isFinal) {
+      if (status !== 401 || url.origin !== asked.origin || isFinal) {
         const body = await readError(exchange, settings);
-        throw statusError("fetch", name, { exchange, body, hint: authHint(exchange.response, settings) });
+        const error = statusError("fetch", name, { exchange, body, hint: authHint(status, access) });
+        if (url.origin === asked.origin || error.kind !== "auth") throw error;
+        // A signed URL that has run out: the registry will sign another one.
+        await beforeRetry(new RequestError("status", error.message, error), patience, settings);
+        continue;
       }
-      const challenges = parseChallenges(exchange.response.headers.get("www-authenticate") ?? "");
       await exchange.response.body?.cancel();
-      authorization = await authorize(challenges, exchange.url, { image, settings });
+      authorization = await authorize(parseChallenges(answered.get("www-authenticate") ?? ""), url, access);
     }
   };
-  return { get };
+  return { isMirror, get };
 }
 
-function authHint(response: Response, { credentials }: Settings): string | undefined {
-  if (response.status === 404) return "check the name and the tag; some registries say so of private images, too";
-  if (response.status !== 401 && response.status !== 403) return undefined;
+/** A mirror is told by `ns` whose image is meant, as containerd does. */
+function endpoint(base: URL, path: string, { image, isMirror }: Access): URL {
+  const url = new URL(`${base.pathname.replace(/\/$/, "")}/v2/${image.repository}/${path}`, base);
+  if (isMirror) url.searchParams.set("ns", image.registry);
+  return url;
+}
+
+function withoutUser(url: URL): URL {
+  const bare = new URL(url);
+  bare.username = bare.password = "";
+  return bare;
+}
+
+/** What a mirror cannot give, the next one may, and in the end the registry. */
+async function askEach<T>(
+  registries: Registry[],
+  ask: (registry: Registry) => Promise<T>,
+  settings: Settings,
+): Promise<T> {
+  for (const registry of registries) {
+    try {
+      return await ask(registry);
+    } catch (error) {
+      tellOfMirror(error, registry, settings);
+    }
+  }
+  throw new Error("there is no registry");
+}
+
+/** Passes on what is not a mirror's failure. */
+function tellOfMirror(error: unknown, { isMirror }: Registry, settings: Settings): void {
+  settings.signal.throwIfAborted();
+  if (!isMirror || !(error instanceof FetchWheelsError)) throw error;
+  settings.onProgress({ type: "warning", message: `a mirror is left out: ${error.message}` });
+}
+
+function authHint(status: number, { credentials }: Access): string | undefined {
+  if (status === 404) return "check the name and the tag; some registries say so of private images, too";
+  if (status !== 401 && status !== 403) return undefined;
   return credentials === undefined
     ? `check the name; if the image is private, ${PASSWORD_HINT}`
     : `check the user name and the password, and whether ${quote(credentials.username)} may pull this image`;
@@ -949,12 +1108,8 @@ function mayCarrySecrets(url: URL, { protocol }: Settings): boolean {
 }
 
 /** Bearer first, then Basic, as the challenge allows. */
-async function authorize(
-  challenges: Challenge[],
-  realmBase: URL,
-  { image, settings }: { image: ImageReference; settings: Settings },
-): Promise<Authorization> {
-  const { credentials } = settings;
+async function authorize(challenges: Challenge[], realmBase: URL, access: Access): Promise<Authorization> {
+  const { image, settings, credentials } = access;
   const fail = (state: string, hint?: string) =>
     new FetchWheelsError("auth", `Cannot fetch ${quote(formatReference(image))}: ${state}`, { hint });
   const bearer = challenges.find(({ scheme, parameters }) => scheme === "bearer" && parameters.realm);
@@ -977,21 +1132,18 @@ async function authorize(
   }
   if (bearer.parameters.service !== undefined) url.searchParams.set("service", bearer.parameters.service);
   url.searchParams.set("scope", `repository:${image.repository}:pull`);
-  return { challenges, realmBase, ...await fetchToken(url, formatReference(image), settings) };
+  return { challenges, realmBase, ...await fetchToken(url, access) };
 }
 
 /** Distribution project, "Token Authentication Specification". */
-async function fetchToken(
-  url: URL,
-  name: string,
-  settings: Settings,
-): Promise<Pick<Authorization, "header" | "expires">> {
+async function fetchToken(url: URL, access: Access): Promise<Pick<Authorization, "header" | "expires">> {
+  const { image, settings, credentials } = access;
+  const name = formatReference(image);
   const asked = settings.now();
-  const { credentials } = settings;
   const headers: Record<string, string> = credentials === undefined ? {} : { authorization: basic(credentials) };
-  const ask = () => request([url], headers, settings);
+  const ask = (patience: Patience) => request([url], headers, { settings, patience });
   const { exchange, body } = await askWhole(ask, { limit: MAX_TOKEN_BYTES, settings });
-  const hint = authHint(exchange.response, settings);
+  const hint = authHint(exchange.response.status, access);
   if (!exchange.response.ok) throw statusError("get a token for", name, { exchange, body, hint });
   const answer = parseJson(body);
   const token = answer?.token || answer?.access_token;
@@ -1079,14 +1231,15 @@ type Document = ({ kind: "image" } & Manifest) | { kind: "index"; entries: Descr
 /** The manifest for one platform; an index that does not have it is an error that lists what it has. */
 async function resolveManifest(
   image: ImageReference,
-  registry: Registry,
+  registries: Registry[],
   settings: Settings,
 ): Promise<{ manifest: Manifest; platform: string | null }> {
   const offered = new Set<string>();
   let platform: string | null = null;
 
   const descend = async (reference: string, depth: number): Promise<Manifest | undefined> => {
-    const document = await fetchDocument(reference, { image, registry, settings });
+    const ask = (registry: Registry) => fetchDocument(reference, { image, registry, settings });
+    const document = await askEach(registries, ask, settings);
     if (document.kind === "image") return document;
     if (depth >= MAX_INDEX_DEPTH) {
       throw integrity("resolve", formatReference(image), `its indexes nest more than ${MAX_INDEX_DEPTH} deep`);
@@ -1153,7 +1306,7 @@ async function fetchDocument(
   { image, registry, settings }: { image: ImageReference; registry: Registry; settings: Settings },
 ): Promise<Document> {
   const accept = [...INDEX_TYPES, ...MANIFEST_TYPES, ...SCHEMA1_TYPES].join(", ");
-  const ask = () => registry.get(`manifests/${reference}`, accept);
+  const ask = (patience: Patience) => registry.get(`manifests/${reference}`, { headers: { accept }, patience });
   const { exchange, body } = await askWhole(ask, { limit: MAX_MANIFEST_BYTES, settings });
   const name = formatReference(DIGEST.test(reference) ? { ...image, tag: undefined, digest: reference } : image);
   const fail = (state: string) => integrity("read manifest", name, state);
@@ -1238,9 +1391,189 @@ function finalLayer({ layers }: Manifest, name: string): { layer: Descriptor; in
 // 6 Layer: the blob's bytes. They end well only when digest and size are right, so nobody downstream can forget to ask.
 // ---------------------------------------------------------------------------------------------------------------------
 
-async function* blobBytes(layer: Descriptor, registry: Registry, settings: Settings): AsyncGenerator<Uint8Array> {
-  const exchange = await registry.get(`blobs/${layer.digest}`);
-  yield* bodyOf(exchange, settings);
+/** Mirrors first; where one breaks off, the next goes on. */
+async function* blobBytes(
+  layer: Descriptor,
+  { registries, settings, at }: { registries: Registry[]; settings: Settings; at: number },
+): AsyncGenerator<Uint8Array> {
+  for (const registry of registries) {
+    try {
+      for await (const chunk of download({ layer, registry, settings, at })) {
+        at += chunk.length;
+        yield chunk;
+      }
+      return;
+    } catch (error) {
+      tellOfMirror(error, registry, settings);
+    }
+  }
+}
+
+/** A blob on its way from one registry, with what was learnt of it. */
+interface Blob {
+  readonly registry: Registry;
+  readonly digest: string;
+  readonly settings: Settings;
+  /** Tries on the whole, shared by all its ranges. */
+  readonly whole: { failures: number };
+  /** From the manifest; for schema 1 from the first answer. */
+  size: number | undefined;
+  /** Where the registry redirected to; good until the signature in it runs out. */
+  location?: URL;
+  /** Strong entity tag, for `If-Range`. */
+  validator?: string;
+  /** False when the server has shown that it has no ranges, or not the right ones. */
+  hasRanges: boolean;
+  /** A wrong length that was claimed for the whole blob. */
+  claimed?: number;
+}
+
+/** An answer with the blob's bytes from a place on. */
+interface Opened {
+  exchange: Exchange;
+  start: number;
+}
+
+async function* download(
+  { layer, registry, settings, at }: { layer: Descriptor; registry: Registry; settings: Settings; at: number },
+): AsyncGenerator<Uint8Array> {
+  const stop = new AbortController();
+  const signal = AbortSignal.any([settings.signal, stop.signal]);
+  const { digest, size } = layer;
+  const whole = { failures: 0 };
+  const blob: Blob = { registry, digest, settings: { ...settings, signal }, whole, size, hasRanges: true };
+  try {
+    if (size === undefined || size - at < PARALLEL_FROM_BYTES || settings.connections === 1) {
+      yield* range(blob, { from: at, to: size });
+      return;
+    }
+    // The first answer decides: a server without ranges sends everything, and then that is it.
+    const opened = await open(blob, { at, to: at + RANGE_BYTES, patience: newPatience(whole) });
+    if (blob.hasRanges) yield* inParallel(blob, { from: at, size, opened });
+    else yield* range(blob, { from: at, to: size, opened });
+  } finally {
+    stop.abort();
+  }
+}
+
+/** Ranges over several connections, delivered in order. Each of them is resumed by itself. */
+async function* inParallel(
+  blob: Blob,
+  { from, size, opened }: { from: number; size: number; opened: Opened | undefined },
+): AsyncGenerator<Uint8Array> {
+  const underway: Promise<Uint8Array[]>[] = [];
+  let next = from;
+  while (true) {
+    for (; next < size && underway.length < blob.settings.connections; next += RANGE_BYTES) {
+      const to = Math.min(next + RANGE_BYTES, size);
+      const chunks = Array.fromAsync(range(blob, { from: next, to, opened }));
+      chunks.catch(() => {}); // it is awaited below, unless an earlier one fails first
+      underway.push(chunks);
+      opened = undefined;
+    }
+    const first = underway.shift();
+    if (first === undefined) return;
+    yield* await first;
+  }
+}
+
+/** The blob's bytes in `[from, to)`. A connection that dies is replaced by one that asks for the rest. */
+async function* range(
+  blob: Blob,
+  { from, to, opened }: { from: number; to: number | undefined; opened?: Opened },
+): AsyncGenerator<Uint8Array> {
+  const patience = newPatience(blob.whole);
+  let at = from;
+  while (to === undefined || at < to) {
+    try {
+      opened ??= await open(blob, { at, to, patience });
+      const { exchange, start } = opened;
+      opened = undefined;
+      to ??= blob.size;
+      let skip = at - start;
+      for await (const chunk of bodyOf(exchange, blob.settings)) {
+        // At the blob's own end nothing is cut off, so that too many bytes are seen as such.
+        const end = to === undefined || to === blob.size ? undefined : skip + to - at;
+        const wanted = chunk.subarray(skip, end);
+        skip = Math.max(0, skip - chunk.length);
+        if (wanted.length === 0) continue;
+        at += wanted.length;
+        patience.failures = 0;
+        yield wanted;
+        if (end !== undefined && at === to) break;
+      }
+      if (to === undefined) return;
+      if (at < to) throw endedEarly(blob, at);
+    } catch (error) {
+      await beforeRetry(error, patience, blob.settings);
+    }
+  }
+}
+
+function endedEarly({ digest, size }: Blob, at: number): RequestError {
+  const message = `Cannot fetch layer ${quote(digest)}: the answer ended after ${at} of ${size} bytes`;
+  return new RequestError("broken", message, { kind: "integrity" });
+}
+
+/** Asks for `[at, to)`, closed, and finds out where the answer really begins. */
+async function open(
+  blob: Blob,
+  { at, to, patience }: { at: number; to: number | undefined; patience: Patience },
+): Promise<Opened> {
+  const isPart = blob.hasRanges && to !== undefined && (at > 0 || to !== blob.size);
+  const headers: Record<string, string> = isPart ? { range: `bytes=${at}-${to - 1}` } : {};
+  if (isPart && blob.validator !== undefined) headers["if-range"] = blob.validator;
+  const exchange = await askForBlob(blob, headers, patience);
+  const { status, headers: answered } = exchange.response;
+  const length = Number(answered.get("content-length") ?? NaN);
+  const tag = answered.get("etag");
+  if (tag?.startsWith('"')) blob.validator = tag;
+  if (status === 206 && isPart && isAskedFor(answered.get("content-range"), { at, to, size: blob.size })) {
+    return { exchange, start: at };
+  }
+  blob.hasRanges = false;
+  if (status !== 200) {
+    await exchange.response.body?.cancel();
+    if (isPart) return await open(blob, { at, to, patience });
+    const body = await readError(exchange, blob.settings);
+    throw statusError("fetch", blob.digest, { exchange, body });
+  }
+  blob.size ??= Number.isNaN(length) ? undefined : length;
+  if (blob.size !== undefined && length !== blob.size && !Number.isNaN(length)) {
+    // Once may be a fault on the way; twice the same is what the registry holds.
+    if (blob.claimed === length) throw wrongLength(blob, length);
+    blob.claimed = length;
+  }
+  return { exchange, start: 0 };
+}
+
+function wrongLength({ digest, size }: Blob, length: number): FetchWheelsError {
+  return integrity("verify layer", digest, `it has ${length} bytes, and its manifest says ${size}`);
+}
+
+/** RFC 9110, section 14.4: start, end and total must be those that were asked for; a shorter end is allowed. */
+function isAskedFor(
+  contentRange: string | null,
+  { at, to, size }: { at: number; to: number; size: number | undefined },
+): boolean {
+  const [, first, last, total] = /^bytes (\d+)-(\d+)\/(\d+|\*)$/.exec(contentRange ?? "") ?? [];
+  const isTotal = total === "*" || size === undefined || Number(total) === size;
+  return Number(first) === at && Number(last) >= at && Number(last) < to && isTotal;
+}
+
+/** The place that the registry redirected to is asked directly, until it refuses; the registry signs a new one then. */
+async function askForBlob(blob: Blob, headers: Record<string, string>, patience: Patience): Promise<Exchange> {
+  const { registry, digest, settings, location } = blob;
+  if (location !== undefined) {
+    const exchange = await request([location], headers, { settings, patience });
+    if (exchange.response.ok || exchange.response.status === 416) return exchange;
+    await exchange.response.body?.cancel();
+    blob.location = undefined;
+  }
+  const expected = headers.range === undefined ? [] : [400, 416];
+  const exchange = await registry.get(`blobs/${digest}`, { headers, expected, patience });
+  if (exchange.response.ok && exchange.url.origin !== exchange.asked.origin) blob.location = exchange.url;
+  return exchange;
 }
 
 /** Passes bytes on and counts them; throws at their end, or as soon as there are too many, unless they are the right ones. */
@@ -1260,6 +1593,121 @@ async function* verified(bytes: AsyncIterable<Uint8Array>, { digest, size }: Des
   }
   const actual = hash.digest("hex");
   if (!digest.endsWith(`:${actual}`)) throw integrity("verify layer", digest, `its bytes hash to ${actual}`);
+}
+
+/** Keeps what passes by, laid out as the `blobs` of an OCI layout. What is kept is no more trusted than the network. */
+async function* throughCache(
+  layer: Descriptor,
+  { settings, fetchFrom }: { settings: Settings; fetchFrom: (at: number) => AsyncIterable<Uint8Array> },
+): AsyncGenerator<Uint8Array> {
+  const file = join(settings.cache ?? "", "blobs", layer.digest.replace(":", "/"));
+  if (!settings.isFresh && await isIntact(file, { layer, settings })) {
+    settings.onProgress({ type: "cached", digest: layer.digest, size: fs.statSync(file).size });
+    return yield* verified(readFile(file), layer);
+  }
+  using part = PartialBlob.claim(file, settings);
+  const bytes = part === undefined ? fetchFrom(0) : part.resume(fetchFrom);
+  try {
+    for await (const chunk of verified(bytes, layer)) {
+      part?.append(chunk);
+      yield chunk;
+    }
+  } catch (error) {
+    if (error instanceof FetchWheelsError && error.kind === "integrity") part?.discard();
+    throw error;
+  }
+  part?.publish();
+}
+
+async function isIntact(
+  file: string,
+  { layer, settings }: { layer: Descriptor; settings: Settings },
+): Promise<boolean> {
+  try {
+    if (!fs.existsSync(file)) return false;
+    for await (const _ of verified(readFile(file), layer)) settings.signal.throwIfAborted();
+    return true;
+  } catch (error) {
+    settings.signal.throwIfAborted();
+    settings.onProgress({ type: "warning", message: `the cache is wrong: ${(error as Error).message}` });
+    return false;
+  }
+}
+
+/** A blob of the cache that is not whole yet. Its lock says who may write to it; without one, nothing is kept. */
+class PartialBlob implements Disposable {
+  readonly #path: string;
+  readonly #file: Deno.FsFile;
+  readonly #settings: Settings;
+  /** Bytes that were there when it was claimed, and are passed on before new ones are fetched. */
+  readonly #size: number;
+  #passed = 0;
+  #isKept = true;
+
+  static claim(blob: string, settings: Settings): PartialBlob | undefined {
+    const path = `${blob}.part`;
+    try {
+      fs.mkdirSync(dirname(path), { recursive: true });
+      const file = tryLock(path, { create: true });
+      if (typeof file === "string") return undefined; // someone else is fetching it, and will keep it
+      // Its last owner may have published it between opening and locking: then this is the finished blob.
+      if (fs.statSync(path, { throwIfNoEntry: false })?.ino === file.statSync().ino) {
+        return new PartialBlob(path, file, settings);
+      }
+      file.close();
+    } catch (error) {
+      warnOfCache(error, path, settings);
+    }
+    return undefined;
+  }
+
+  private constructor(path: string, file: Deno.FsFile, settings: Settings) {
+    [this.#path, this.#file, this.#settings] = [path, file, settings];
+    if (settings.isFresh) file.truncateSync(0);
+    this.#size = file.statSync().size;
+  }
+
+  async *resume(fetchFrom: (at: number) => AsyncIterable<Uint8Array>): AsyncGenerator<Uint8Array> {
+    if (this.#size > 0) yield* readFile(this.#path);
+    yield* fetchFrom(this.#size);
+  }
+
+  append(chunk: Uint8Array): void {
+    const isNew = this.#passed >= this.#size;
+    this.#passed += chunk.length;
+    if (!isNew || !this.#isKept) return;
+    try {
+      this.#file.seekSync(0, Deno.SeekMode.End);
+      writeAll(this.#file, chunk);
+    } catch (error) {
+      warnOfCache(error, this.#path, this.#settings);
+      this.discard();
+    }
+  }
+
+  publish(): void {
+    if (!this.#isKept) return;
+    try {
+      this.#file.syncSync();
+      fs.renameSync(this.#path, this.#path.replace(/\.part$/, ""));
+    } catch (error) {
+      warnOfCache(error, this.#path, this.#settings);
+    }
+  }
+
+  discard(): void {
+    if (this.#isKept) fs.rmSync(this.#path, { force: true });
+    this.#isKept = false;
+  }
+
+  [Symbol.dispose](): void {
+    this.#file.close();
+  }
+}
+
+function warnOfCache(error: unknown, path: string, { onProgress }: Settings): void {
+  const { message } = diskError("write", path, error) as Error;
+  onProgress({ type: "warning", message: `the layer is not kept: ${message.split("\n")[0]}` });
 }
 
 /** gzip, zstd or neither, by what the first bytes say. Reads its input to the end, whatever the decoder thinks of it. */
@@ -1470,6 +1918,31 @@ interface Target extends Disposable {
   receive(bytes: AsyncIterable<Uint8Array>): Promise<Pick<FetchResult, "files" | "skipped">>;
 }
 
+/** What a dead run left behind is known by its lock, which the kernel took away; what a living run has is left alone. */
+function sweep(directory: string, prefix: string): void {
+  for (const name of fs.readdirSync(directory)) {
+    if (!name.startsWith(prefix) || !/^\d+-[0-9a-f]{8}$/.test(name.slice(prefix.length))) continue;
+    const path = join(directory, name);
+    const isOld = () => Date.now() - (fs.statSync(path, { throwIfNoEntry: false })?.mtimeMs ?? Date.now()) > YOUNG_MS;
+    const lock = tryLock(
+      fs.statSync(path, { throwIfNoEntry: false })?.isDirectory() ? join(path, LOCK_NAME) : path,
+      {},
+    );
+    if (lock === "locked" || lock === "missing" && !isOld()) continue;
+    fs.rmSync(path, { recursive: true, force: true });
+    if (typeof lock === "object") lock.close();
+  }
+}
+
+/** Opens a file and takes its lock, which lasts as long as the file is open. Locks hold between containers, too. */
+function tryLock(path: string, { create = false }: { create?: boolean }): Deno.FsFile | "locked" | "missing" {
+  if (!create && !fs.existsSync(path)) return "missing";
+  const file = Deno.openSync(path, { read: true, write: true, create });
+  if (file.tryLockSync(true)) return file;
+  file.close();
+  return "locked";
+}
+
 /** The tree of an archive, on DEST's file system and out of sight until it is published. */
 class StagedTree implements Target {
   readonly #dest: string;
@@ -1477,6 +1950,7 @@ class StagedTree implements Target {
   readonly #tree: string;
   /** The topmost directory that had to be made for the staging directory, if any. */
   readonly #made: string | undefined;
+  readonly #lock: Deno.FsFile | undefined;
   #isPublished = false;
   /** Paths that are there so far, parents before children. */
   readonly #entries = new Map<string, { kind: "file" | "directory" | "symlink"; size: number }>();
@@ -1492,9 +1966,14 @@ class StagedTree implements Target {
     this.#dest = dest;
     this.#root = exists ? join(dest, stagingName("")) : join(dirname(dest), stagingName(basename(dest)));
     this.#tree = join(this.#root, "new");
+    onDisk("clean up", dest, () => {
+      if (exists) sweep(dest, stagingPrefix(""));
+      if (fs.existsSync(dirname(dest))) sweep(dirname(dest), stagingPrefix(basename(dest)));
+    });
     this.#made = onDisk("create", dest, () => fs.mkdirSync(dirname(this.#root), { recursive: true }));
     onDisk("create", this.#root, () => fs.mkdirSync(this.#root));
     onDisk("create", this.#tree, () => fs.mkdirSync(this.#tree));
+    this.#lock = onDisk("lock", this.#root, () => lockNew(join(this.#root, LOCK_NAME)));
   }
 
   async receive(bytes: AsyncIterable<Uint8Array>): Promise<Pick<FetchResult, "files" | "skipped">> {
@@ -1632,6 +2111,7 @@ class StagedTree implements Target {
 
   [Symbol.dispose](): void {
     onDisk("remove", this.#root, () => fs.rmSync(this.#root, { recursive: true, force: true }));
+    this.#lock?.close();
     if (this.#isPublished || this.#made === undefined) return;
     for (let made = dirname(this.#root); made.startsWith(this.#made); made = dirname(made)) {
       if (fs.readdirSync(made).length > 0) return;
@@ -1663,6 +2143,16 @@ function writeFully(file: number, bytes: Uint8Array): void {
   for (let written = 0; written < bytes.length;) written += fs.writeSync(file, bytes, written);
 }
 
+function writeAll(file: Deno.FsFile, bytes: Uint8Array): void {
+  for (let written = 0; written < bytes.length;) written += file.writeSync(bytes.subarray(written));
+}
+
+function lockNew(path: string): Deno.FsFile {
+  const file = Deno.openSync(path, { read: true, write: true, createNew: true });
+  file.lockSync(true);
+  return file;
+}
+
 /** Walks a link's target as the kernel would, through the archive's other links, and refuses to leave the root. */
 function assertInside(path: string, symlinks: Map<string, string>): void {
   const place = path.split("/").slice(0, -1);
@@ -1687,7 +2177,7 @@ function assertInside(path: string, symlinks: Map<string, string>): void {
 class Tarball implements Target {
   readonly #output: string | WritableStream<Uint8Array>;
   readonly #staged: string | undefined;
-  readonly #file: number | undefined;
+  #file: Deno.FsFile | undefined;
 
   constructor(output: string | WritableStream<Uint8Array>) {
     this.#output = output;
@@ -1699,7 +2189,10 @@ class Tarball implements Target {
     if (there?.isDirectory()) throw occupied(file, "it is a directory");
     // A device or a pipe must be written to, not replaced.
     if (there === undefined || there.isFile()) this.#staged = join(dirname(file), stagingName(basename(file)));
-    this.#file = onDisk("write", file, () => fs.openSync(this.#staged ?? file, this.#staged ? "wx" : "w"));
+    onDisk("write", file, () => {
+      if (this.#staged) sweep(dirname(file), stagingPrefix(basename(file)));
+      this.#file = this.#staged ? lockNew(this.#staged) : Deno.openSync(file, { write: true });
+    });
   }
 
   async receive(bytes: AsyncIterable<Uint8Array>): Promise<Pick<FetchResult, "files" | "skipped">> {
@@ -1710,8 +2203,7 @@ class Tarball implements Target {
       });
       return { files: [], skipped: [] };
     }
-    const file = this.#file ?? -1;
-    for await (const chunk of bytes) onDisk("write", output, () => writeFully(file, chunk));
+    for await (const chunk of bytes) onDisk("write", output, () => this.#file && writeAll(this.#file, chunk));
     const staged = this.#staged;
     if (staged !== undefined) onDisk("publish", output, () => fs.renameSync(staged, output));
     return { files: [], skipped: [] };
@@ -1720,13 +2212,17 @@ class Tarball implements Target {
   [Symbol.dispose](): void {
     const staged = this.#staged;
     if (staged !== undefined) onDisk("remove", staged, () => fs.rmSync(staged, { force: true }));
-    if (this.#file !== undefined) fs.closeSync(this.#file);
+    this.#file?.close();
   }
 }
 
-/** Hidden, so that nobody takes it for a wheel, and with its owner's number, so that it can be told when it is dead. */
+/** Hidden, so that nobody takes it for a wheel. */
 function stagingName(name: string): string {
-  return `.${name}${name && "."}fetch_wheels-${process.pid}-${crypto.randomUUID().slice(0, 8)}`;
+  return `${stagingPrefix(name)}${process.pid}-${crypto.randomUUID().slice(0, 8)}`;
+}
+
+function stagingPrefix(name: string): string {
+  return `.${name}${name && "."}fetch_wheels-`;
 }
 
 function occupied(path: string, state: string): FetchWheelsError {
@@ -1797,26 +2293,25 @@ async function openSource(source: Source, settings: Settings): Promise<OpenedSou
 const NO_IMAGE = { image: null, platform: null, manifest: null, layer: null };
 
 async function openImage(image: ImageReference, settings: Settings): Promise<OpenedSource> {
-  const registry = openRegistry(image, settings);
-  const { manifest, platform } = await resolveManifest(image, registry, settings);
+  const registries = openRegistries(image, settings);
+  const { manifest, platform } = await resolveManifest(image, registries, settings);
   const { layer, info } = finalLayer(manifest, formatReference(image));
   settings.onProgress({ type: "resolved", image, layer: info, platform });
+  const fetchFrom = (at: number) => blobBytes(layer, { registries, settings, at });
   const { registry: host, repository, tag = null, digest = null } = image;
   return {
     image: { registry: host, repository, tag, digest },
     platform,
     manifest: { digest: manifest.digest, mediaType: manifest.mediaType },
     layer: info,
-    bytes: verified(blobBytes(layer, registry, settings), layer),
+    bytes: settings.cache === undefined ? verified(fetchFrom(0), layer) : throughCache(layer, { settings, fetchFrom }),
   };
 }
 
 async function openUrl(url: URL, settings: Settings): Promise<AsyncIterable<Uint8Array>> {
   const { username, password } = decodedUser(url);
-  const bare = new URL(url);
-  bare.username = bare.password = "";
   const headers: Record<string, string> = username === "" ? {} : { authorization: basic({ username, password }) };
-  const exchange = await request([bare], headers, settings);
+  const exchange = await request([withoutUser(url)], headers, { settings });
   if (!exchange.response.ok) {
     throw statusError("fetch", displayUrl(url), { exchange, body: await readError(exchange, settings) });
   }
@@ -1945,6 +2440,9 @@ interface CommandOptions {
   passwordStdin: boolean;
   retries: number;
   timeout: number;
+  connections: number;
+  mirror: string[];
+  cache?: string;
   wheelsFile: string;
   quiet: boolean;
   verbose: boolean;
@@ -1978,6 +2476,11 @@ function wholeNumber(text: string): number {
   return Number(text);
 }
 
+/** The first one on the command line replaces those of the environment. */
+function collect(this: void, text: string, before: string[] | undefined): string[] {
+  return [...(before ?? []), text];
+}
+
 function truth(text: string): boolean {
   return /^(?:yes|true|t|1)$/i.test(text);
 }
@@ -2002,6 +2505,16 @@ const OPTIONS: { option: Option; env?: string; read?: (text: string) => unknown 
       30,
     ),
   },
+  {
+    option: new Option("--connections <n>", "fetch a large layer over so many").argParser(wholeNumber)
+      .default(DEFAULT_CONNECTIONS),
+  },
+  {
+    option: new Option("--mirror <url>", "ask here first (repeatable)").argParser(collect).default([], "none"),
+    env: "REGISTRY_MIRROR",
+    read: (text) => text.trim().split(/\s+/),
+  },
+  { option: new Option("--cache <dir>", "keep and reuse layers by digest"), env: "FETCH_WHEELS_CACHE" },
   { option: new Option("--wheels-file <file>", "where the source is remembered").default(DEFAULT_WHEELS_FILE) },
   { option: new Option("-q, --quiet", "say nothing but errors").default(false) },
   { option: new Option("-v, --verbose", "tell of each request").default(false) },
@@ -2059,10 +2572,24 @@ const PLAIN_OUTPUT = {
 
 async function fetchOptions(options: CommandOptions, io: Io): Promise<FetchWheelsOptions> {
   const { output, passwordStdin, dest, platform, protocol, insecure, caFile, username, retries, timeout } = options;
+  const { connections, mirror: mirrors, cache } = options;
   const password = passwordStdin ? await readPassword(io.stdin) : io.env("REGISTRY_PASSWORD") || undefined;
   if (passwordStdin && !username) throw usage("use", "--password-stdin", "the user name is missing", PASSWORD_HINT);
   return {
-    ...{ dest, platform, protocol, insecure, caFile, username, password, retries, timeout },
+    ...{
+      dest,
+      platform,
+      protocol,
+      insecure,
+      caFile,
+      username,
+      password,
+      retries,
+      timeout,
+      connections,
+      mirrors,
+      cache,
+    },
     output: output === "-" ? io.stdout : output,
   };
 }
@@ -2110,6 +2637,8 @@ function progressLog(
         const where = platform === null ? "" : ` for ${platform}`;
         return log(`${formatReference(image)}${where}: layer ${layer.index} of ${layer.count}, ${layer.digest}${size}`);
       }
+      case "cached":
+        return log(`${event.digest}, ${formatBytes(event.size)}, comes from the cache`);
       case "bytes":
         return;
     }

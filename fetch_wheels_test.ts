@@ -1690,6 +1690,31 @@ Deno.test("an abort stops a download, with its own reason, and leaves nothing", 
   }
 });
 
+Deno.test("what a killed run left is removed by the next one to that DEST", async (t) => {
+  await using registry = startRegistry();
+  const layer = gzip(await makeTar([{ name: "a.whl", data: randomBytes(1 << 20) }]));
+  const reference = serveLayer(registry, layer);
+  for (const dest of ["absent", "there"]) {
+    await t.step(`where DEST is ${dest}`, async () => {
+      registry.faults = [{ kind: "stall", byte: layer.length >> 1 }];
+      using scratch = new Scratch();
+      if (dest === "there") Deno.mkdirSync(scratch.at(dest));
+      const parent = dest === "there" ? scratch.at(dest) : scratch.path;
+      const args = ["run", ...PERMISSIONS, PROGRAM, "--protocol", "http", "-d", scratch.at(dest), reference];
+      const child = spawnDeno(args);
+      await waitFor(() => Object.keys(snapshot(parent)).some((path) => path.endsWith("a.whl")));
+      child.kill("SIGKILL");
+      await child.output();
+      const left = [...Deno.readDirSync(parent)].map(({ name }) => name);
+      assert(left.length === 1 && left[0]?.startsWith("."), left.join());
+      registry.faults = [];
+      await fetchWheels(reference, { dest: scratch.at(dest) });
+      const expected = dest === "there" ? ["there", "there/a.whl"] : ["absent", "absent/a.whl"];
+      assert.deepEqual(Object.keys(snapshot(scratch.path)), expected);
+    });
+  }
+});
+
 Deno.test("DEST that cannot be one is an error of the disk, before anything is asked for", async (t) => {
   await using registry = startRegistry();
   const reference = serveLayer(registry, gzip(await makeTar(GOOD)));
