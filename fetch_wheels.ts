@@ -68,8 +68,12 @@ const DEFAULT_CONNECTIONS = 4;
 const MAX_CONNECTIONS = 16;
 /** Below this a second connection costs more than it brings. */
 const PARALLEL_FROM_BYTES = 32 * 1024 * 1024;
-/** Memory is bounded by this times the connections; each is one request. */
-const RANGE_BYTES = 8 * 1024 * 1024;
+/** Memory is bounded by this times the connections: measured, the largest that keeps four of them under 200 MiB in all. */
+const RANGE_BYTES = 4 * 1024 * 1024;
+const WORKER_NAME = "fetch_wheels extraction";
+const BATCH_BYTES = 512 * 1024;
+/** Batches that may be on their way to the worker, which bounds the memory that they take. */
+const BATCHES_AHEAD = 8;
 const MAX_REDIRECTS = 10;
 const LOCK_NAME = "lock";
 /** A staging directory as young as this may not have its lock yet. */
@@ -250,6 +254,11 @@ export interface FetchWheelsOptions {
   mirrors?: string[];
   /** Directory that keeps layers by digest, laid out as the `blobs` of an OCI layout. */
   cache?: string;
+  /**
+   * URL of this module, by which a worker unpacks large layers in a thread of its own. Without one all is done in the
+   * caller's thread; leave it out where the module is bundled with others, which the worker would run, too.
+   */
+  workerUrl?: string;
   /** Stops everything and cleans up. */
   signal?: AbortSignal;
   /** Used in place of the global `fetch`. */
@@ -339,10 +348,10 @@ async function fetchOnce(source: string, settings: Settings): Promise<FetchResul
   const started = performance.now();
   const parsed = parseSource(source);
   // Before anything is asked for: a disk that cannot be written to is better known before half a gigabyte came.
-  using target: Target = settings.output === undefined ? new StagedTree(settings.dest) : new Tarball(settings.output);
+  using target: Target = settings.output === undefined ? new StagedTree(settings) : new Tarball(settings.output);
   const { bytes, layer, ...origin } = await openSource(parsed, settings);
   const progress: Progress = { received: 0, total: layer?.size ?? undefined, settings };
-  const { files, skipped } = await target.receive(watched(bytes, progress));
+  const { files, skipped } = await target.receive(watched(bytes, progress), progress.total ?? 0);
   return {
     source,
     ...origin,
@@ -359,7 +368,10 @@ async function fetchOnce(source: string, settings: Settings): Promise<FetchResul
 /** The options with every default in its place. Disposing of them closes the connections. */
 interface Settings extends
   Required<
-    Omit<FetchWheelsOptions, "output" | "platform" | "caFile" | "username" | "password" | "mirrors" | "cache">
+    Omit<
+      FetchWheelsOptions,
+      "output" | "platform" | "caFile" | "username" | "password" | "mirrors" | "cache" | "workerUrl"
+    >
   >,
   Disposable {
   output?: string | WritableStream<Uint8Array>;
@@ -367,6 +379,7 @@ interface Settings extends
   credentials?: Credentials;
   mirrors: URL[];
   cache?: string;
+  workerUrl?: string;
   /** Whether what the cache has is to be thrown away. */
   isFresh: boolean;
 }
@@ -391,6 +404,7 @@ function settle(options: FetchWheelsOptions): Settings {
     ...{ platform, protocol, insecure, credentials, retries, timeout, connections, mirrors },
     cache: options.cache === undefined ? undefined : resolvePath(options.cache),
     isFresh: false,
+    workerUrl: options.workerUrl,
     signal: options.signal ?? new AbortController().signal,
     fetch: options.fetch ?? trustingFetch(client, pem, insecure),
     delay: options.delay ?? delay,
@@ -1471,9 +1485,9 @@ async function* inParallel(
       underway.push(chunks);
       opened = undefined;
     }
-    const first = underway.shift();
-    if (first === undefined) return;
-    yield* await first;
+    if (underway[0] === undefined) return;
+    yield* await underway[0];
+    underway.shift(); // not before: what is being delivered takes its part of the memory, too
   }
 }
 
@@ -1786,7 +1800,12 @@ async function feed(decoder: Duplex, input: AsyncIterable<Uint8Array>): Promise<
   });
   try {
     for await (const chunk of input) {
-      if (!isOver && !decoder.write(chunk)) await Promise.race([once(decoder, "drain").catch(() => {}), over]);
+      if (isOver) continue; // the rest is read only to be verified
+      await new Promise<void>((resolve) => {
+        decoder.write(chunk, () => resolve());
+        over.then(resolve);
+      });
+      release(chunk);
     }
     decoder.end();
     return undefined;
@@ -1794,6 +1813,11 @@ async function feed(decoder: Duplex, input: AsyncIterable<Uint8Array>): Promise<
     decoder.destroy(error as Error);
     return isOver ? error : undefined;
   }
+}
+
+/** Gives a buffer's memory back at once; until the garbage collector came by, there would be a hundred megabytes of them. */
+function release({ buffer, byteLength }: Uint8Array): void {
+  if (buffer instanceof ArrayBuffer && buffer.byteLength === byteLength) buffer.transfer(0);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -1915,7 +1939,7 @@ function assertKnownType(block: Uint8Array): void {
 
 /** Where the bytes go. Disposing of it removes whatever was not published. */
 interface Target extends Disposable {
-  receive(bytes: AsyncIterable<Uint8Array>): Promise<Pick<FetchResult, "files" | "skipped">>;
+  receive(bytes: AsyncIterable<Uint8Array>, size: number): Promise<Pick<FetchResult, "files" | "skipped">>;
 }
 
 /** What a dead run left behind is known by its lock, which the kernel took away; what a living run has is left alone. */
@@ -1946,120 +1970,56 @@ function tryLock(path: string, { create = false }: { create?: boolean }): Deno.F
 /** The tree of an archive, on DEST's file system and out of sight until it is published. */
 class StagedTree implements Target {
   readonly #dest: string;
+  readonly #workerUrl: string | undefined;
   readonly #root: string;
   readonly #tree: string;
   /** The topmost directory that had to be made for the staging directory, if any. */
   readonly #made: string | undefined;
   readonly #lock: Deno.FsFile | undefined;
   #isPublished = false;
-  /** Paths that are there so far, parents before children. */
-  readonly #entries = new Map<string, { kind: "file" | "directory" | "symlink"; size: number }>();
-  readonly #symlinks = new Map<string, string>();
-  readonly #skipped: { path: string; reason: string }[] = [];
 
-  constructor(dest: string) {
+  constructor({ dest, workerUrl }: Settings) {
     const exists = onDisk("use", dest, () => {
       const stat = fs.statSync(dest, { throwIfNoEntry: false });
       if (stat !== undefined && !stat.isDirectory()) throw occupied(dest, "it is no directory");
       return stat !== undefined;
     });
-    this.#dest = dest;
-    this.#root = exists ? join(dest, stagingName("")) : join(dirname(dest), stagingName(basename(dest)));
+    [this.#dest, this.#workerUrl] = [dest, workerUrl];
+    const [place, name] = exists ? [dest, ""] : [dirname(dest), basename(dest)];
+    this.#root = join(place, stagingName(name));
     this.#tree = join(this.#root, "new");
-    onDisk("clean up", dest, () => {
-      if (exists) sweep(dest, stagingPrefix(""));
-      if (fs.existsSync(dirname(dest))) sweep(dirname(dest), stagingPrefix(basename(dest)));
-    });
-    this.#made = onDisk("create", dest, () => fs.mkdirSync(dirname(this.#root), { recursive: true }));
+    this.#made = onDisk("create", dest, () => fs.mkdirSync(place, { recursive: true }));
+    onDisk("clean up", place, () => sweep(place, stagingPrefix(name)));
     onDisk("create", this.#root, () => fs.mkdirSync(this.#root));
     onDisk("create", this.#tree, () => fs.mkdirSync(this.#tree));
     this.#lock = onDisk("lock", this.#root, () => lockNew(join(this.#root, LOCK_NAME)));
   }
 
-  async receive(bytes: AsyncIterable<Uint8Array>): Promise<Pick<FetchResult, "files" | "skipped">> {
-    for await (const member of tarMembers(decompress(bytes))) await this.#add(member);
-    for (const [path, target] of this.#symlinks) {
-      assertInside(path, this.#symlinks);
-      onDisk("create", path, () => fs.symlinkSync(target, join(this.#tree, path)));
-    }
-    const files = [...this.#entries].filter(([, { kind }]) => kind !== "directory")
-      .map(([path, { size }]) => ({ path, size }));
+  async receive(bytes: AsyncIterable<Uint8Array>, size: number): Promise<Pick<FetchResult, "files" | "skipped">> {
+    const url = size < PARALLEL_FROM_BYTES ? undefined : this.#workerUrl;
+    const { entries, skipped } =
+      await (url === undefined ? extractTo(this.#tree, bytes) : extractInWorker(this.#tree, { bytes, url }));
+    const files = [...entries].filter(([, { kind }]) => kind !== "directory").map(([path, { size }]) => ({
+      path,
+      size,
+    }));
     if (files.length === 0) {
       throw new FetchWheelsError("not-found", "Cannot extract the layer: it holds no file", {
         hint: 'members with a path component that begins with "." are left out',
       });
     }
-    this.#publish();
-    return { files, skipped: this.#skipped };
+    this.#publish(entries);
+    return { files, skipped };
   }
 
-  async #add(member: Member): Promise<void> {
-    const { kind, path } = member;
-    if (kind === "skipped") return void this.#skipped.push({ path, reason: member.reason });
-    this.#makeParents(path);
-    const full = join(this.#tree, path);
-    if (kind === "directory") {
-      this.#makeDirectory(path);
-      return onDisk("create", path, () => fs.chmodSync(full, member.mode));
-    }
-    this.#makeRoom(path);
-    switch (kind) {
-      case "file": {
-        const size = await writeMember(full, member);
-        return void this.#entries.set(path, { kind, size });
-      }
-      case "hardlink": {
-        const target = this.#entries.get(member.target);
-        const isWritten = target !== undefined && target.kind !== "directory" && member.target !== path;
-        if (!isWritten) {
-          throw integrity("extract", path, `it links to ${quote(member.target)}, which is no file before it`);
-        }
-        this.#entries.set(path, target);
-        const link = this.#symlinks.get(member.target);
-        if (link !== undefined) return void this.#symlinks.set(path, link);
-        return onDisk("create", path, () => fs.linkSync(join(this.#tree, member.target), full));
-      }
-      case "symlink":
-        this.#symlinks.set(path, member.target);
-        return void this.#entries.set(path, { kind, size: 0 });
-    }
-  }
-
-  #makeParents(path: string): void {
-    for (let slash = path.indexOf("/"); slash > 0; slash = path.indexOf("/", slash + 1)) {
-      const parent = path.slice(0, slash);
-      const there = this.#entries.get(parent)?.kind;
-      if (there === "symlink") throw unsafe(path, `it would be written through the symbolic link ${quote(parent)}`);
-      if (there === "file") throw integrity("extract", path, `${quote(parent)} is a file before it`);
-      this.#makeDirectory(parent);
-    }
-  }
-
-  #makeDirectory(path: string): void {
-    const there = this.#entries.get(path)?.kind;
-    if (there === "directory") return;
-    if (there !== undefined) throw integrity("extract", path, `it is a directory, and a ${there} before`);
-    onDisk("create", path, () => fs.mkdirSync(join(this.#tree, path)));
-    this.#entries.set(path, { kind: "directory", size: 0 });
-  }
-
-  /** The last of several members of one name is the one that counts, as for tar. */
-  #makeRoom(path: string): void {
-    const there = this.#entries.get(path)?.kind;
-    if (there === "directory") throw integrity("extract", path, "it is no directory, but one before");
-    if (there === "file") onDisk("replace", path, () => fs.unlinkSync(join(this.#tree, path)));
-    this.#symlinks.delete(path);
-    this.#entries.delete(path);
-  }
-
-  #publish(): void {
+  #publish(entries: Entries): void {
     if (!this.#root.startsWith(join(this.#dest, "/")) && this.#renameTree()) return;
     const order = ([path, { kind }]: [string, { kind: string }]) =>
       kind === "directory" ? 0 : path.endsWith(".txt") ? 2 : 1;
     const undo: (() => void)[] = [];
     try {
       // Constraints last: what reads them may then count on the wheels.
-      for (const [path, { kind }] of [...this.#entries].sort((a, b) => order(a) - order(b))) {
+      for (const [path, { kind }] of [...entries].sort((a, b) => order(a) - order(b))) {
         const target = join(this.#dest, path);
         onDisk("publish", target, () => undo.push(this.#place(path, target, kind === "directory")));
       }
@@ -2120,6 +2080,194 @@ class StagedTree implements Target {
   }
 }
 
+/** What is in a tree: paths, parents before children. */
+type Entries = Map<string, { kind: "file" | "directory" | "symlink"; size: number }>;
+
+/** What an archive left in a tree, and what it did not. */
+interface Extracted {
+  entries: Entries;
+  skipped: FetchResult["skipped"];
+}
+
+async function extractTo(tree: string, bytes: AsyncIterable<Uint8Array>): Promise<Extracted> {
+  const writer = new TreeWriter(tree);
+  for await (const member of tarMembers(decompress(bytes))) await writer.add(member);
+  writer.makeSymlinks();
+  return { entries: writer.entries, skipped: writer.skipped };
+}
+
+/** Writes members below a directory that is empty at first, and lets none of them lead out of it. */
+class TreeWriter {
+  readonly #tree: string;
+  readonly entries: Entries = new Map();
+  readonly skipped: FetchResult["skipped"] = [];
+  readonly #symlinks = new Map<string, string>();
+
+  constructor(tree: string) {
+    this.#tree = tree;
+  }
+
+  async add(member: Member): Promise<void> {
+    const { kind, path } = member;
+    if (kind === "skipped") return void this.skipped.push({ path, reason: member.reason });
+    this.#makeParents(path);
+    const full = join(this.#tree, path);
+    if (kind === "directory") {
+      this.#makeDirectory(path);
+      return onDisk("create", path, () => fs.chmodSync(full, member.mode));
+    }
+    this.#makeRoom(path);
+    switch (kind) {
+      case "file": {
+        const size = await writeMember(full, member);
+        return void this.entries.set(path, { kind, size });
+      }
+      case "hardlink":
+        return this.#linkTo(member.target, path);
+      case "symlink":
+        this.#symlinks.set(path, member.target);
+        return void this.entries.set(path, { kind, size: 0 });
+    }
+  }
+
+  #linkTo(name: string, path: string): void {
+    const target = this.entries.get(name);
+    if (target === undefined || target.kind === "directory") {
+      throw integrity("extract", path, `it links to ${quote(name)}, which is no file before it`);
+    }
+    this.entries.set(path, target);
+    const link = this.#symlinks.get(name);
+    if (link !== undefined) this.#symlinks.set(path, link);
+    else onDisk("create", path, () => fs.linkSync(join(this.#tree, name), join(this.#tree, path)));
+  }
+
+  /** Last of all, so that nothing is ever written through one. */
+  makeSymlinks(): void {
+    for (const [path, target] of this.#symlinks) {
+      assertInside(path, this.#symlinks);
+      onDisk("create", path, () => fs.symlinkSync(target, join(this.#tree, path)));
+    }
+  }
+
+  #makeParents(path: string): void {
+    for (let slash = path.indexOf("/"); slash > 0; slash = path.indexOf("/", slash + 1)) {
+      const parent = path.slice(0, slash);
+      const there = this.entries.get(parent)?.kind;
+      if (there === "symlink") throw unsafe(path, `it would be written through the symbolic link ${quote(parent)}`);
+      if (there === "file") throw integrity("extract", path, `${quote(parent)} is a file before it`);
+      this.#makeDirectory(parent);
+    }
+  }
+
+  #makeDirectory(path: string): void {
+    const there = this.entries.get(path)?.kind;
+    if (there === "directory") return;
+    if (there !== undefined) throw integrity("extract", path, `it is a directory, and a ${there} before`);
+    onDisk("create", path, () => fs.mkdirSync(join(this.#tree, path)));
+    this.entries.set(path, { kind: "directory", size: 0 });
+  }
+
+  /** The last of several members of one name is the one that counts, as for tar. */
+  #makeRoom(path: string): void {
+    const there = this.entries.get(path)?.kind;
+    if (there === "directory") throw integrity("extract", path, "it is no directory, but one before");
+    if (there === "file") onDisk("replace", path, () => fs.unlinkSync(join(this.#tree, path)));
+    this.#symlinks.delete(path);
+    this.entries.delete(path);
+  }
+}
+
+/** What passes between the threads: a directory, batches of bytes, and their end; a word for each batch, and the outcome. */
+type ToWorker = { tree: string } | { batch: Uint8Array<ArrayBuffer>[] } | "end" | "stop";
+type FromWorker = "taken" | { extracted: Extracted } | { error: Pick<FetchWheelsError, "kind" | "message" | "hint"> };
+
+/**
+ * The same in a thread of its own: Deno inflates on the thread that asks for it, and this one has the network to read and
+ * a hash to compute. The worker writes only to the staging directory; what is published is decided here.
+ */
+async function extractInWorker(
+  tree: string,
+  { bytes, url }: { bytes: AsyncIterable<Uint8Array>; url: string },
+): Promise<Extracted> {
+  const worker = new Worker(url, { type: "module", name: WORKER_NAME });
+  const post = (message: ToWorker, transfer: ArrayBuffer[] = []) => worker.postMessage(message, transfer);
+  const outcome = Promise.withResolvers<Exclude<FromWorker, "taken">>();
+  let [ahead, isOver, word] = [0, false, Promise.withResolvers<void>()];
+  const over = (how: Exclude<FromWorker, "taken">) => {
+    isOver = true;
+    outcome.resolve(how);
+  };
+  worker.onmessage = ({ data }: MessageEvent<FromWorker>) => {
+    if (data === "taken") ahead--;
+    else over(data);
+    word.resolve();
+  };
+  worker.onerror = (event) => {
+    event.preventDefault();
+    over({ error: { kind: "internal", message: `Cannot extract the layer: ${event.message}` } });
+    word.resolve();
+  };
+  try {
+    post({ tree });
+    for await (const batch of inBatches(bytes)) {
+      post({ batch }, batch.map(({ buffer }) => buffer));
+      for (ahead++; ahead >= BATCHES_AHEAD && !isOver; word = Promise.withResolvers()) await word.promise;
+      if (isOver) break;
+    }
+    post("end");
+  } catch (error) {
+    post("stop"); // and not only terminate: a file in the making must not appear after the clean-up
+    throw error;
+  } finally {
+    await outcome.promise;
+    worker.terminate();
+  }
+  const result = await outcome.promise;
+  if ("extracted" in result) return result.extracted;
+  throw new FetchWheelsError(result.error.kind, result.error.message, result.error);
+}
+
+/** A message costs more than the bytes in it, up to some size. */
+async function* inBatches(bytes: AsyncIterable<Uint8Array>): AsyncGenerator<Uint8Array<ArrayBuffer>[]> {
+  let [batch, size]: [Uint8Array<ArrayBuffer>[], number] = [[], 0];
+  for await (const chunk of bytes) {
+    // A buffer that is shared cannot be handed over.
+    const isOwn = chunk.buffer instanceof ArrayBuffer && chunk.byteLength === chunk.buffer.byteLength;
+    batch.push((isOwn ? chunk : chunk.slice()) as Uint8Array<ArrayBuffer>);
+    if ((size += chunk.length) < BATCH_BYTES) continue;
+    yield batch;
+    [batch, size] = [[], 0];
+  }
+  if (batch.length > 0) yield batch;
+}
+
+/** The other end. */
+async function serveExtraction(): Promise<void> {
+  const port = globalThis as unknown as Worker;
+  const { readable, writable } = new TransformStream<ToWorker, ToWorker>();
+  const writer = writable.getWriter();
+  port.onmessage = ({ data }: MessageEvent<ToWorker>) => void writer.write(data);
+  const reader = readable.getReader();
+  const next = async () => (await reader.read()).value ?? "stop";
+
+  async function* received(): AsyncGenerator<Uint8Array> {
+    for (let message = await next(); message !== "end"; message = await next()) {
+      if (typeof message === "string" || !("batch" in message)) throw new DOMException("stopped", "AbortError");
+      yield* message.batch;
+      port.postMessage("taken");
+    }
+  }
+  const first = await next();
+  const tree = typeof first === "object" && "tree" in first ? first.tree : "";
+  try {
+    port.postMessage({ extracted: await extractTo(tree, received()) });
+  } catch (thrown) {
+    const error = explain(thrown);
+    const [kind, hint] = error instanceof FetchWheelsError ? [error.kind, error.hint] : ["internal" as const];
+    port.postMessage({ error: { kind, message: (error as Error).message, hint } });
+  }
+}
+
 async function writeMember(full: string, { path, body, mode, mtime }: Member & { kind: "file" }): Promise<number> {
   let size = 0;
   // Synchronous, for it is much the faster way to write thousands of small files.
@@ -2128,6 +2276,7 @@ async function writeMember(full: string, { path, body, mode, mtime }: Member & {
     for await (const chunk of body) {
       onDisk("write", path, () => writeFully(file, chunk));
       size += chunk.length;
+      release(chunk);
     }
     onDisk("write", path, () => {
       fs.fchmodSync(file, mode); // what was given to open is subject to the umask
@@ -2374,6 +2523,8 @@ export interface Io {
   stdout: WritableStream<Uint8Array>;
   /** For everything else, in whole lines. */
   stderr(text: string): void;
+  /** As in `FetchWheelsOptions`. */
+  workerUrl?: string;
   /** Stops everything; its reason may be a `FetchWheelsError` that says why. */
   signal?: AbortSignal;
 }
@@ -2398,7 +2549,12 @@ export async function main(args: string[], io: Io): Promise<number> {
     const given = await fetchOptions(options, io);
     const text = source ?? (io.env("WHEELS") || readWheelsFile(options.wheelsFile));
     const level = options.quiet ? "quiet" : isVerbose ? "verbose" : "normal";
-    const result = await fetchWheels(text, { ...given, signal: io.signal, onProgress: progressLog(log, level) });
+    const result = await fetchWheels(text, {
+      ...given,
+      workerUrl: io.workerUrl,
+      signal: io.signal,
+      onProgress: progressLog(log, level),
+    });
     const isRemembered = source !== undefined || io.env("WHEELS");
     if (isRemembered) rememberSource(text, options.wheelsFile, log);
     if (level !== "quiet") describeResult(result, level).forEach(log);
@@ -2667,7 +2823,9 @@ async function writeText(stream: WritableStream<Uint8Array>, text: string): Prom
   writer.releaseLock();
 }
 
-if (import.meta.main) {
+if ((globalThis as { name?: string }).name === WORKER_NAME) {
+  await serveExtraction();
+} else if (import.meta.main) {
   const controller = new AbortController();
   const stop = (kind: "interrupted" | "terminated", name: Deno.Signal) => {
     const abort = () => controller.abort(new FetchWheelsError(kind, `Cannot go on: ${name} came`));
@@ -2681,6 +2839,7 @@ if (import.meta.main) {
     stdin: Deno.stdin.readable,
     stdout: Deno.stdout.writable,
     stderr: (text) => Deno.stderr.writeSync(new TextEncoder().encode(text)),
+    workerUrl: import.meta.url,
     signal: controller.signal,
   });
 }
