@@ -70,6 +70,8 @@ const MAX_CONNECTIONS = 16;
 const PARALLEL_FROM_BYTES = 32 * 1024 * 1024;
 /** Memory is bounded by this times the connections: measured, the largest that keeps four of them under 200 MiB in all. */
 const RANGE_BYTES = 4 * 1024 * 1024;
+/** Below this a second thread takes longer to start than it saves. */
+const WORKER_FROM_BYTES = 128 * 1024 * 1024;
 const WORKER_NAME = "fetch_wheels extraction";
 const BATCH_BYTES = 512 * 1024;
 /** Batches that may be on their way to the worker, which bounds the memory that they take. */
@@ -83,6 +85,8 @@ const MAX_MANIFEST_BYTES = 4 * 1024 * 1024;
 const MAX_TOKEN_BYTES = 1024 * 1024;
 /** Of an error's body, only so much is read and shown. */
 const MAX_ERROR_BYTES = 64 * 1024;
+/** Of a name in a message, only so many characters are shown. */
+const MAX_SHOWN = 300;
 const MAX_INDEX_DEPTH = 5;
 /** What a token lives when its answer does not say, by the token specification. */
 const DEFAULT_TOKEN_SECONDS = 60;
@@ -444,9 +448,9 @@ function integrity(action: string, value: string, cause: string, source?: unknow
   return new FetchWheelsError("integrity", `Cannot ${action} ${quote(value)}: ${cause}`, { cause: source });
 }
 
-/** Quoted, for what an archive, a registry or a user says may hold anything. */
+/** Quoted, for what an archive, a registry or a user says may hold anything, and any amount of it. */
 function quote(text: string): string {
-  return oneLine(JSON.stringify(text));
+  return oneLine(JSON.stringify(text.length > MAX_SHOWN ? `${text.slice(0, MAX_SHOWN)}…` : text));
 }
 
 /** Without the characters that move a cursor or begin a line. */
@@ -1859,7 +1863,7 @@ function safeMember({ header, body }: ParsedTarEntry): Member | undefined {
   if (sparse !== undefined) throw fail("it is a GNU sparse file, which is not supported");
   if (pax.size !== undefined && pax.size !== String(header.size)) throw fail(`${quote(pax.size)} is no size`);
   if (!Number.isSafeInteger(header.size)) throw fail(`${header.size} is no size`);
-  if (header.name.includes("\ufffd")) throw fail("its name is not UTF-8");
+  if (`${header.name}${header.linkname}`.includes("\ufffd")) throw fail("a name in it is not UTF-8");
 
   const path = insidePath(header.name, header.name);
   if (path === "") {
@@ -1996,7 +2000,7 @@ class StagedTree implements Target {
   }
 
   async receive(bytes: AsyncIterable<Uint8Array>, size: number): Promise<Pick<FetchResult, "files" | "skipped">> {
-    const url = size < PARALLEL_FROM_BYTES ? undefined : this.#workerUrl;
+    const url = size < WORKER_FROM_BYTES ? undefined : this.#workerUrl;
     const { entries, skipped } =
       await (url === undefined ? extractTo(this.#tree, bytes) : extractInWorker(this.#tree, { bytes, url }));
     const files = [...entries].filter(([, { kind }]) => kind !== "directory").map(([path, { size }]) => ({
@@ -2716,6 +2720,8 @@ function readCommandLine(args: string[], io: Io): CommandLine {
     throw new FetchWheelsError("usage", 'Cannot use "--dest" with "--output": one of them says where the layer goes');
   }
   if (dest === "cli") options.output = undefined;
+  if (options.dest === "") throw usage("use", "--dest", "its value is empty");
+  if (options.output === "") throw usage("use", "--output", "its value is empty");
   return { source: command.args[0], options };
 }
 
@@ -2746,7 +2752,7 @@ async function fetchOptions(options: CommandOptions, io: Io): Promise<FetchWheel
       mirrors,
       cache,
     },
-    output: output === "-" ? io.stdout : output,
+    output: output === "-" || output === "/dev/stdout" ? io.stdout : output,
   };
 }
 
@@ -2819,8 +2825,18 @@ function formatBytes(bytes: number): string {
 
 async function writeText(stream: WritableStream<Uint8Array>, text: string): Promise<void> {
   const writer = stream.getWriter();
-  await writer.write(new TextEncoder().encode(text));
+  await writer.write(new TextEncoder().encode(text)).catch((error) => {
+    throw diskError("write", "stdout", error);
+  });
   writer.releaseLock();
+}
+
+function sayOnStderr(text: string): void {
+  try {
+    Deno.stderr.writeSync(new TextEncoder().encode(text));
+  } catch {
+    // nobody listens, or a full disk takes the log: no reason to fail where the wheels are right
+  }
 }
 
 if ((globalThis as { name?: string }).name === WORKER_NAME) {
@@ -2838,7 +2854,7 @@ if ((globalThis as { name?: string }).name === WORKER_NAME) {
     env: (name) => Deno.env.get(name),
     stdin: Deno.stdin.readable,
     stdout: Deno.stdout.writable,
-    stderr: (text) => Deno.stderr.writeSync(new TextEncoder().encode(text)),
+    stderr: sayOnStderr,
     workerUrl: import.meta.url,
     signal: controller.signal,
   });

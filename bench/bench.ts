@@ -33,7 +33,7 @@ const DELAY_MS = 50;
 /** A /30 of private addresses for the two ends of the delayed link; it is more specific than any route in its way. */
 const NEAR = "10.231.197.1", FAR = "10.231.197.2";
 /** What clients that download in parallel ask for at a time. */
-const RANGE_BYTES = 8 * 2 ** 20;
+const RANGE_BYTES = 4 * 2 ** 20;
 const SAMPLE_MS = 10;
 
 /** Set off by Ctrl-C. Whatever waits looks here, so that every way out runs through the same clean-up. */
@@ -52,13 +52,14 @@ interface Contestant {
 
 const FETCH_WHEELS = "fetch_wheels";
 
+function fetchWheels(options: string): string {
+  const permissions = "--allow-net --allow-read --allow-write --allow-env";
+  return `"$DENO" run ${permissions} "$MODULE" -q ${options} -d "$OUT" "$HOST_PORT/${REPOSITORY}:1"`;
+}
+
 const CONTESTANTS: Contestant[] = [
-  {
-    name: FETCH_WHEELS,
-    needs: [],
-    script:
-      `"$DENO" run --allow-net --allow-read --allow-write --allow-env "$MODULE" -q -d "$OUT" "$HOST_PORT/${REPOSITORY}:1"`,
-  },
+  { name: FETCH_WHEELS, needs: [], script: fetchWheels("") },
+  { name: `${FETCH_WHEELS} --connections 8`, needs: [], script: fetchWheels("--connections 8") },
   {
     name: "LOCI: curl -o FILE, tar xzf",
     needs: ["curl", "tar", "gzip"],
@@ -178,7 +179,7 @@ async function present(bench: Bench): Promise<Contestant[]> {
   if (bench.module) await output(Deno.execPath(), ["cache", "-q", bench.module]); // a namespace has no way to a registry
   const noCrane = await installCrane(dirname(bench.storage)).then(() => "", (error) => ` (${error.message})`);
   return CONTESTANTS.filter(({ name, needs }) => {
-    const missing = name === FETCH_WHEELS && !bench.module ? "its module" : needs.find((program) => !which(program));
+    const missing = name.startsWith(FETCH_WHEELS) && !bench.module ? "its module" : needs.find((program) => !which(program));
     if (!missing) return true;
     console.log(`Skipped: ${name}: ${missing} is missing${missing === "crane" ? noCrane : ""}.\n`);
     return false;
@@ -542,7 +543,7 @@ async function probe(site: Site, bench: Bench): Promise<string> {
   const whole = await seconds(`curl -fsS ${one}`);
   const ranges = await seconds(`curl -fsS -r 0-${range - 1} ${one.repeat(8)}`);
   const parallel = await seconds(starts.map((at) => `${four} ${at}-${at + quarter - 1} &`).join(" ") + " wait");
-  return `Bare curl to /dev/null: one connection ${rate(layer.size, whole)}, one connection in ranges of 8 MiB ` +
+  return `Bare curl to /dev/null: one connection ${rate(layer.size, whole)}, one connection in ranges of 4 MiB ` +
     `${rate(8 * range, ranges)}, four connections ${rate(layer.size, parallel)}.`;
 }
 
