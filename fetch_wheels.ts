@@ -419,16 +419,8 @@ function settle(options: FetchWheelsOptions): Settings {
 }
 
 function parseMirror(text: string): URL {
-  const isUrl = /^https?:\/\//i.test(text) && URL.canParse(text);
-  if (!isUrl) {
-    throw usage(
-      "use mirror",
-      text.replace(/\/\/[^/]*@/, "//"),
-      "it is no http(s) URL",
-      "such as https://mirror.lan:5000",
-    );
-  }
-  return new URL(text);
+  if (/^https?:\/\//i.test(text) && URL.canParse(text)) return new URL(text);
+  throw usage("use mirror", withoutSecrets(text), "it is no http(s) URL", "such as https://mirror.lan:5000");
 }
 
 /** Puts what Deno and Node throw for the disk and for missing permissions into this module's terms. */
@@ -727,11 +719,7 @@ async function followRedirects(url: URL, headers: Record<string, string>, settin
     await exchange.response.body?.cancel();
     const next = redirectTarget(location, current);
     if (carriedSecret && current.protocol === "https:" && next.protocol === "http:") {
-      throw network(
-        "follow",
-        current,
-        `it redirects to plain http, to ${displayUrl(next)}, although a password is in use`,
-      );
+      throw network("follow", current, `it redirects to plain http (${displayUrl(next)}), and a password is in use`);
     }
     if (next.origin !== current.origin) authorization = undefined;
     current = next;
@@ -976,6 +964,8 @@ async function nodeFetch(
 /** A registry or a mirror of it, as far as one repository is concerned. */
 interface Registry {
   readonly isMirror: boolean;
+  /** Whether it has failed to answer, which would only cost time again. */
+  isDown: boolean;
   /** GETs a path below `/v2/<repository>/`. An answer that is neither a success nor expected is an error. */
   get(path: string, options: GetOptions): Promise<Exchange>;
 }
@@ -1004,23 +994,18 @@ interface Access {
 
 /** Mirrors first, and the registry itself last. No mirror sees the registry's credentials. */
 function openRegistries(image: ImageReference, settings: Settings): Registry[] {
-  const { credentials } = settings;
+  const origin: Access = { image, settings, credentials: settings.credentials, isMirror: false };
   const mirrors = settings.mirrors.map((url) => {
-    const { username, password } = url;
-    const own = username === ""
-      ? undefined
-      : { username: decodeURIComponent(username), password: decodeURIComponent(password) };
+    const credentials = url.username === "" ? undefined : decodedUser(url);
+    // No retries: the next one is the better try.
     return openRegistry([withoutUser(url)], {
       image,
       settings: { ...settings, retries: 0 },
-      credentials: own,
+      credentials,
       isMirror: true,
     });
   });
-  return [
-    ...mirrors,
-    openRegistry(baseUrls(image.registry, settings.protocol), { image, settings, credentials, isMirror: false }),
-  ];
+  return [...mirrors, openRegistry(baseUrls(image.registry, settings.protocol), origin)];
 }
 
 function openRegistry(bases: URL[], access: Access): Registry {
@@ -1055,7 +1040,7 @@ function openRegistry(bases: URL[], access: Access): Registry {
       authorization = await authorize(parseChallenges(answered.get("www-authenticate") ?? ""), url, access);
     }
   };
-  return { isMirror, get };
+  return { isMirror, isDown: false, get };
 }
 
 /** A mirror is told by `ns` whose image is meant, as containerd does. */
@@ -1077,7 +1062,7 @@ async function askEach<T>(
   ask: (registry: Registry) => Promise<T>,
   settings: Settings,
 ): Promise<T> {
-  for (const registry of registries) {
+  for (const registry of registries.filter(({ isDown }) => !isDown)) {
     try {
       return await ask(registry);
     } catch (error) {
@@ -1088,9 +1073,10 @@ async function askEach<T>(
 }
 
 /** Passes on what is not a mirror's failure. */
-function tellOfMirror(error: unknown, { isMirror }: Registry, settings: Settings): void {
+function tellOfMirror(error: unknown, registry: Registry, settings: Settings): void {
   settings.signal.throwIfAborted();
-  if (!isMirror || !(error instanceof FetchWheelsError)) throw error;
+  if (!registry.isMirror || !(error instanceof FetchWheelsError)) throw error;
+  registry.isDown = error instanceof RequestError;
   settings.onProgress({ type: "warning", message: `a mirror is left out: ${error.message}` });
 }
 
@@ -1414,7 +1400,7 @@ async function* blobBytes(
   layer: Descriptor,
   { registries, settings, at }: { registries: Registry[]; settings: Settings; at: number },
 ): AsyncGenerator<Uint8Array> {
-  for (const registry of registries) {
+  for (const registry of registries.filter(({ isDown }) => !isDown)) {
     try {
       for await (const chunk of download({ layer, registry, settings, at })) {
         at += chunk.length;
@@ -1482,14 +1468,15 @@ async function* inParallel(
   const underway: Promise<Uint8Array[]>[] = [];
   let next = from;
   while (true) {
-    for (; next < size && underway.length < blob.settings.connections; next += RANGE_BYTES) {
+    for (; blob.hasRanges && next < size && underway.length < blob.settings.connections; next += RANGE_BYTES) {
       const to = Math.min(next + RANGE_BYTES, size);
       const chunks = Array.fromAsync(range(blob, { from: next, to, opened }));
       chunks.catch(() => {}); // it is awaited below, unless an earlier one fails first
       underway.push(chunks);
       opened = undefined;
     }
-    if (underway[0] === undefined) return;
+    // Should the server turn out to have no ranges after all, what is left comes in one stream, not once for each range.
+    if (underway[0] === undefined) return yield* range(blob, { from: next, to: size });
     yield* await underway[0];
     underway.shift(); // not before: what is being delivered takes its part of the memory, too
   }
@@ -1549,7 +1536,7 @@ async function open(
   if (status === 206 && isPart && isAskedFor(answered.get("content-range"), { at, to, size: blob.size })) {
     return { exchange, start: at };
   }
-  blob.hasRanges = false;
+  if (isPart) blob.hasRanges = false;
   if (status !== 200) {
     await exchange.response.body?.cancel();
     if (isPart) return await open(blob, { at, to, patience });
@@ -1559,7 +1546,10 @@ async function open(
   blob.size ??= Number.isNaN(length) ? undefined : length;
   if (blob.size !== undefined && length !== blob.size && !Number.isNaN(length)) {
     // Once may be a fault on the way; twice the same is what the registry holds.
-    if (blob.claimed === length) throw wrongLength(blob, length);
+    if (blob.claimed === length) {
+      await exchange.response.body?.cancel();
+      throw wrongLength(blob, length);
+    }
     blob.claimed = length;
   }
   return { exchange, start: 0 };
@@ -1819,9 +1809,16 @@ async function feed(decoder: Duplex, input: AsyncIterable<Uint8Array>): Promise<
   }
 }
 
-/** Gives a buffer's memory back at once; until the garbage collector came by, there would be a hundred megabytes of them. */
+/**
+ * Gives a buffer's memory back at once; until the garbage collector came by, there would be a hundred megabytes of them.
+ * Only in the worker, where every buffer is its own: elsewhere one may be the caller's.
+ */
 function release({ buffer, byteLength }: Uint8Array): void {
-  if (buffer instanceof ArrayBuffer && buffer.byteLength === byteLength) buffer.transfer(0);
+  if (isWorker() && buffer instanceof ArrayBuffer && buffer.byteLength === byteLength) buffer.transfer(0);
+}
+
+function isWorker(): boolean {
+  return (globalThis as { name?: string }).name === WORKER_NAME;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -2696,15 +2693,15 @@ function readCommandLine(args: string[], io: Io): CommandLine {
     command.addOption(option);
   }
   try {
+    command.parse(args, { from: "user" });
     for (const { option, env, read = (text: string) => text } of OPTIONS) {
       const text = env === undefined ? undefined : io.env(env);
-      if (!text) continue;
+      if (!text || command.getOptionValueSource(option.attributeName()) === "cli") continue;
       if (option.argChoices && !option.argChoices.includes(text)) {
         throw usage(`use ${env}`, text, `it is none of ${option.argChoices.join(", ")}`);
       }
       command.setOptionValueWithSource(option.attributeName(), read(text), "env");
     }
-    command.parse(args, { from: "user" });
   } catch (error) {
     if (!(error instanceof CommanderError)) throw error;
     if (error.exitCode === 0) return { options: command.opts(), print };
@@ -2839,7 +2836,7 @@ function sayOnStderr(text: string): void {
   }
 }
 
-if ((globalThis as { name?: string }).name === WORKER_NAME) {
+if (isWorker()) {
   await serveExtraction();
 } else if (import.meta.main) {
   const controller = new AbortController();

@@ -40,8 +40,10 @@ import {
 import {
   type Certificate,
   type Fault,
+  type LoggedRequest,
   makeCertificate,
   type RegistryOptions,
+  type RequestContext,
   startRegistry,
   type TestRegistry,
 } from "./testing/registry.ts";
@@ -267,6 +269,49 @@ function isInstalled(program: string): boolean {
   }
 }
 
+/** Noise, so that no byte can stand for another. It is no archive, which only an extraction minds. */
+const NOISE = new Uint8Array(randomBytes(200_000));
+
+const LARGE_SIZE = (40 << 20) + 4321;
+let large: { bytes: Uint8Array<ArrayBuffer>; digest: string; wheel: string } | undefined;
+
+/** An archive of some ranges with one wheel in it, made when it is first needed. */
+function largeLayer(): NonNullable<typeof large> {
+  if (large !== undefined) return large;
+  const wheel = randomBytes(LARGE_SIZE);
+  const bytes = rawTar(rawHeader({ name: "big.whl", size: LARGE_SIZE }), wheel);
+  return large = { bytes, digest: sha256(bytes), wheel: sha256(wheel) };
+}
+
+function serveLarge(registry: TestRegistry): string {
+  const { bytes, digest } = largeLayer();
+  return serveLayer(registry, bytes, { digest, mediaType: MEDIA.ociLayer });
+}
+
+/** What was asked of the blob: the ranges, undefined for all of it. With storage, of that. */
+function askedRanges({ requests, storageUrl }: TestRegistry): (string | undefined)[] {
+  const isBlob = ({ origin, path }: LoggedRequest) =>
+    storageUrl === undefined ? path.includes("/blobs/") : origin === "storage";
+  return requests.filter(isBlob).map(({ range }) => range);
+}
+
+/** The first and last byte of a closed range. */
+function limits(range: string | undefined): [first: number, last: number] {
+  const [, first, last] = /^bytes=(\d+)-(\d+)$/.exec(range ?? "") ?? assert.fail(`no closed range: ${range}`);
+  return [Number(first), Number(last)];
+}
+
+/** Faults of each request for the blob, one after the other; none after the last. */
+function blobFaults(...faults: Fault[][]): (context: RequestContext) => Fault[] {
+  return ({ path, count }) => /\/blobs\/|^\/data\//.test(path) ? faults[count - 1] ?? [] : [];
+}
+
+/** As deepEqual, but quick where there is a lot. */
+function assertSame(actual: Uint8Array, expected: Uint8Array, message?: string): void {
+  assert.equal(actual.length, expected.length, message);
+  assert(Buffer.compare(actual, expected) === 0, message ?? "the bytes differ");
+}
+
 async function waitFor(condition: () => boolean | Promise<boolean>): Promise<void> {
   for (let i = 0; i < 500; i++) {
     if (await condition()) return;
@@ -457,7 +502,7 @@ Deno.test("what a redirect leads to is never shown with its query or its passwor
   const table: [options: RegistryOptions, faults: Fault[], kind: ErrorKind][] = [
     [signed, [{ kind: "expiredSignature" }], "auth"],
     [signed, [{ kind: "reset" }], "network"],
-    [signed, [{ kind: "dieAt", byte: 9 }], "network"],
+    [signed, [{ kind: "dieAt", byte: 0 }], "network"],
     ...[`http://${gone}/?Signature=CERT`, "ftp://u:secret@h/?Signature=x", "http://u:secret@:x/?Signature=x"].map(
       (url): [RegistryOptions, Fault[], ErrorKind] => [{ onRequest: redirectBlobs(() => url) }, [], "network"],
     ),
@@ -612,7 +657,8 @@ Deno.test("HTTPS_PROXY and NO_PROXY are honoured, however certificates are check
   const tls = await makeSignedCertificate(directory.path);
   await using registry = serveImage({ tls });
   await using proxy = startProxy();
-  const inherited = Object.fromEntries(Object.entries(Deno.env.toObject()).filter(([name]) => !/proxy/i.test(name)));
+  const outside = Object.entries(Deno.env.toObject()).filter(([name]) => !/proxy/i.test(name));
+  const inherited = { ...Object.fromEntries(outside), DENO_NO_UPDATE_CHECK: "1" };
   const program = new URL("./fetch_wheels.ts", import.meta.url).href;
   // deno-fmt-ignore
   const args = ["run", "--no-check", "--allow-net", "--allow-read", "--allow-write", "--allow-env", program, "-o", "-",
@@ -708,17 +754,18 @@ Deno.test("delays grow, and are drawn by lot", async () => {
   registry.faults = () => [{ kind: "status", code: 503 }];
   const { random } = Math;
   using _restored = { [Symbol.dispose]: () => void (Math.random = random) };
-  const delaysFor = async (lot: number): Promise<number[]> => {
+  const delaysFor = async (lot: number, retries = 4): Promise<number[]> => {
     Math.random = () => lot;
     const delays: number[] = [];
     const delay = (milliseconds: number) => Promise.resolve(void delays.push(milliseconds));
-    await failure(() => pull(registry, { retries: 4, delay }), "network", /503/);
+    await failure(() => pull(registry, { retries, delay }), "network", /503/);
     return delays;
   };
   const [low, high] = [await delaysFor(0.25), await delaysFor(0.75)];
   assert.equal(low.length, 4);
   assert(low.every((delay, at) => delay > (low[at - 1] ?? 0) && delay < (high[at] ?? 0)), `${low}; ${high}`);
-  assert(high.every((delay) => delay <= 30_000), `${high}`);
+  assert.deepEqual(await delaysFor(1, 9), [500, 1000, 2000, 4000, 8000, 16_000, 30_000, 30_000, 30_000]);
+  assert.deepEqual(await delaysFor(0), [0, 0, 0, 0]);
 });
 
 Deno.test("Retry-After is obeyed where it makes sense", async () => {
@@ -728,20 +775,32 @@ Deno.test("Retry-After is obeyed where it makes sense", async () => {
     ["60", 60_000],
     ["Tue, 01 Jan 2030 00:00:20 GMT", 20_000],
   ];
-  const ignored = ["Mon, 31 Dec 2029 23:00:00 GMT", "soon", "-5", "1.5", ""];
-  const refused = ["61", "99999999999999999999", "Tue, 01 Jan 2030 00:02:00 GMT"];
-  for (const value of [...obeyed.map(([value]) => value), ...ignored, ...refused]) {
-    await using registry = serveImage();
-    const fault: Fault = { kind: "status", code: 429, headers: { "retry-after": value } };
-    registry.faults = ({ path, count }) => path.includes("/manifests/") && count === 1 ? [fault] : [];
-    const delays: number[] = [];
-    const delay = (milliseconds: number) => Promise.resolve(void delays.push(milliseconds));
-    const attempt = () => pull(registry, { delay, now: () => now });
-    if (refused.includes(value)) await failure(attempt, "network", /429/);
-    else assert.deepEqual((await attempt()).tarball, LAYER);
-    const own = delays.length === 1 && delays.every((delay) => delay >= 0 && delay < 2000);
-    if (ignored.includes(value)) assert(own, `"${value}": ${delays}`);
-    else assert.deepEqual(delays, obeyed.filter(([text]) => text === value).map(([, wait]) => wait), value);
+  const ignored = ["Mon, 31 Dec 2029 23:00:00 GMT", "soon", "-5", "1.5", "", "880\xb5s"];
+  const refused: [value: string, words: RegExp][] = [
+    ["61", /\b61 s\b.*/],
+    ["99999999999999999999", /wait/],
+    ["Tue, 01 Jan 2030 00:02:00 GMT", /\b120 s\b/],
+  ];
+  const body = JSON.stringify({ errors: [{ code: "TOOMANYREQUESTS", message: "come back tomorrow" }] });
+  for (const value of [...obeyed, ...ignored, ...refused].map((entry) => [entry].flat()[0] as string)) {
+    for (const [code, part] of [[429, "/manifests/"], [503, "/blobs/"]] as const) {
+      await using registry = serveImage();
+      const fault: Fault = { kind: "status", code, headers: { "retry-after": value }, body };
+      registry.faults = ({ path, count }) => path.includes(part) && count === 1 ? [fault] : [];
+      const delays: number[] = [];
+      const delay = (milliseconds: number) => Promise.resolve(void delays.push(milliseconds));
+      const attempt = () => pull(registry, { delay, now: () => now });
+      const [, words] = refused.find(([text]) => text === value) ?? [];
+      if (words === undefined) assert.deepEqual((await attempt()).tarball, LAYER);
+      else {
+        const { message } = await failure(attempt, "network", words);
+        assert(message.includes(String(code)) && message.includes("come back tomorrow"), message);
+        assert.equal(paths(registry, part).length, 1);
+      }
+      const own = delays.length === 1 && delays.every((delay) => delay >= 0 && delay <= 500);
+      if (ignored.includes(value)) assert(own, `"${value}": ${delays}`);
+      else assert.deepEqual(delays, obeyed.filter(([text]) => text === value).map(([, wait]) => wait), value);
+    }
   }
 });
 
@@ -750,7 +809,7 @@ Deno.test("a registry that falls silent is given up, before its answer or within
   const tls = await makeCertificate();
   for (const options of [{}, { onRequest: never }, { tls }, { tls, onRequest: never }]) {
     await using registry = serveImage(options);
-    registry.faults = [{ kind: "stall", byte: 20 }];
+    registry.faults = [{ kind: "stall", byte: 0 }];
     const trust = "tls" in options ? { protocol: "https", insecure: true } as const : {};
     const attempt = () => pull(registry, { ...trust, timeout: 0.05, retries: 1 });
     await failure(attempt, "network", /: nothing came for 0\.05 s$/);
@@ -938,6 +997,107 @@ Deno.test("a token is used until it expires, which is after 60 s unless it says"
     assert.equal(paths(registry, "/token").length, tokens, JSON.stringify([answer, elapsed]));
     assert.equal(registry.requests.filter(({ status }) => status === 401).length, 1);
   }
+});
+
+Deno.test("a token that runs out in the middle of a download is renewed without losing a byte", async (t) => {
+  await t.step("again and again on one connection", async () => {
+    await using registry = startRegistry({ auth: "bearer" });
+    serveLayer(registry, NOISE);
+    registry.faults = ({ path, count }) => {
+      if (!path.includes("/blobs/")) return [];
+      if (count % 2 === 0) registry.revokeTokens();
+      return [{ kind: "dieAt", byte: 50_000 }];
+    };
+    assertSame((await pull(registry, { retries: 1 })).tarball, NOISE);
+    const blobs = registry.requests.filter(({ path }) => path.includes("/blobs/"));
+    assert.deepEqual(blobs.map(({ status }) => status === 401), blobs.map((_, at) => at % 2 === 1));
+    assert(blobs.length >= 7);
+    for (let at = 1; at + 1 < blobs.length; at += 2) assert.equal(blobs[at]?.range, blobs[at + 1]?.range);
+  });
+  await t.step("on several at once", async () => {
+    await using registry = startRegistry({ auth: "bearer" });
+    serveLarge(registry);
+    registry.faults = ({ path, count }) => {
+      if (path.includes("/blobs/") && count === 3) registry.revokeTokens();
+      return [];
+    };
+    assertSame((await pull(registry)).tarball, largeLayer().bytes);
+    const tokens = paths(registry, "token /").length;
+    assert(tokens >= 2 && tokens <= 5, `${tokens} tokens`);
+  });
+});
+
+Deno.test("a mirror is asked first, for the registry by its name, and without the registry's credentials", async (t) => {
+  for (const auth of ["none", "bearer"] as const) {
+    await t.step(`a mirror with auth ${auth}, behind one that is down and one that has nothing`, async () => {
+      await using registry = serveImage({ auth: "basic", users });
+      await using empty = startRegistry();
+      await using mirror = serveImage({ auth, storage: true });
+      const mirrors = [`http://${await closedHost()}`, `${empty.url}/`, mirror.url];
+      assertSame((await pull(registry, { mirrors, ...CREDENTIALS })).tarball, LAYER);
+      assert.deepEqual(registry.requests, []);
+      assert(empty.requests.length > 0);
+      for (const { origin, path, search, headers } of [...empty.requests, ...mirror.requests]) {
+        const authorization = headers.get("authorization") ?? "";
+        assert(auth === "none" ? authorization === "" : !authorization.startsWith("Basic"), authorization);
+        if (origin !== "registry") continue;
+        assert.match(path, /^\/v2\/ns\/wheels\/(?:manifests\/1\.0|blobs\/sha256:)/);
+        assert.equal(new URLSearchParams(search).get("ns"), registry.host);
+      }
+    });
+  }
+  await t.step("for the Hub", async () => {
+    await using mirror = startRegistry();
+    mirror.pushImage("library/python", "3", IMAGE);
+    assertSame((await pull("python:3", { mirrors: [mirror.url] })).tarball, LAYER);
+    assert(mirror.requests.every(({ search }) => search === "?ns=docker.io"));
+  });
+});
+
+Deno.test("whatever fails at a mirror, the next one or the registry makes good", async (t) => {
+  const later = { "retry-after": "3600" };
+  const faults: Record<string, Fault> = {
+    "500": { kind: "status", code: 500 },
+    "429, for an hour": { kind: "status", code: 429, headers: later },
+    "404": { kind: "status", code: 404 },
+    "403": { kind: "status", code: 403 },
+    "401 without a challenge": { kind: "status", code: 401 },
+    "no redirect's end": { kind: "status", code: 307, headers: { location: "" } },
+    "reset": { kind: "reset" },
+    "silence": { kind: "stall", byte: 0 },
+    "a cut answer": { kind: "short", byte: 0, chunked: true },
+    "an answer that breaks off": { kind: "dieAt", byte: 0 },
+  };
+  for (const [name, fault] of Object.entries(faults)) {
+    await t.step(name, async () => {
+      for (const part of ["/manifests/", "/blobs/"]) {
+        await using registry = serveImage();
+        await using mirror = serveImage();
+        mirror.faults = ({ path }) => path.includes(part) ? [fault] : [];
+        const delays: number[] = [];
+        const delay = (milliseconds: number) => Promise.resolve(void delays.push(milliseconds));
+        const { tarball } = await pull(registry, { mirrors: [mirror.url], timeout: 0.1, delay });
+        assertSame(tarball, LAYER);
+        assert(paths(mirror, part).length > 0);
+        assert(paths(registry, part).length > 0);
+        assert(delays.every((delay) => delay <= 30_000), `${delays}`);
+      }
+    });
+  }
+  await t.step("another manifest than its digest names", async () => {
+    await using registry = serveImage();
+    await using mirror = startRegistry();
+    const other = makeImage({ layers: [NOISE] });
+    mirror.pushManifest("ns/wheels", IMAGE.digest, other.manifest, other.mediaType);
+    const source = `${registry.host}/ns/wheels@${IMAGE.digest}`;
+    assertSame((await pull(source, { mirrors: [mirror.url] })).tarball, LAYER);
+  });
+  await t.step("and the registry's own failure is what is told", async () => {
+    await using registry = startRegistry();
+    await using mirror = startRegistry({ auth: "basic" });
+    const { message } = await failure(() => pull(registry, { mirrors: [mirror.url] }), "not-found");
+    assert(message.includes(registry.host), message);
+  });
 });
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -1271,41 +1431,578 @@ Deno.test("a layer that is not what its descriptor says is refused, and DEST sta
   }
 });
 
+Deno.test("a connection that dies or falls silent is replaced by one that asks for the rest", async (t) => {
+  const last = NOISE.length - 1;
+  for (const storage of [false, true]) {
+    for (const fault of [{ kind: "dieAt", byte: 60_000 }, { kind: "stall", byte: 60_000 }] satisfies Fault[]) {
+      await t.step(`${fault.kind}${storage ? ", in a storage" : ""}`, async () => {
+        await using registry = startRegistry({ storage: storage && { signed: true }, auth: "bearer" });
+        serveLayer(registry, NOISE);
+        registry.faults = storage
+          ? ({ origin, count }) => origin === "storage" && count < 3 ? [fault] : []
+          : blobFaults([fault], [fault]);
+        assertSame((await pull(registry, { timeout: 0.1 })).tarball, NOISE);
+        const [whole, ...rest] = askedRanges(registry);
+        assert.equal(whole, undefined);
+        const starts = rest.map((range) => limits(range)).map(([first, end]) => (assert.equal(end, last), first));
+        assert(starts.length === 2 && starts.every((start, at) => start > (starts[at - 1] ?? 0)), starts.join());
+        assert((starts[1] ?? 0) <= 120_000);
+        if (fault.kind === "stall") assert.deepEqual(starts, [60_000, 120_000]);
+      });
+    }
+  }
+});
+
+/** A hook that answers requests for blobs with these in turn, the last one again and again; the registry does the rest. */
+function blobAnswers(...answers: ((request: Request) => Response | undefined)[]): RegistryOptions["onRequest"] {
+  return (request, { path, count }) =>
+    path.includes("/blobs/") ? (answers[count - 1] ?? answers.at(-1))?.(request) : undefined;
+}
+
+/** An answer with a part of the noise, whatever its headers claim. */
+function part(from: number, to: number, headers: Record<string, string> = {}): Response {
+  const content = NOISE.subarray(from, to);
+  const body = new ReadableStream({ start: (controller) => (controller.enqueue(content), controller.close()) });
+  const status = headers["content-range"] === undefined ? 200 : 206;
+  return new Response(body, { status, headers: { "content-length": String(content.length), ...headers } });
+}
+
+Deno.test("If-Range is sent with a strong validator, and with no other", async () => {
+  for (const [etag, expected] of [['"a"', '"a"'], ['W/"a"', null], [undefined, null], ["", null]] as const) {
+    const asked: (string | null)[] = [];
+    await using registry = startRegistry({
+      onRequest: blobAnswers(
+        () => part(0, 60_000, { "content-length": String(NOISE.length), ...(etag !== undefined && { etag }) }),
+        (request) => void asked.push(request.headers.get("if-range")),
+        () => undefined,
+      ),
+    });
+    serveLayer(registry, NOISE);
+    assertSame((await pull(registry)).tarball, NOISE);
+    assert.deepEqual(asked, [expected], etag);
+  }
+});
+
+Deno.test("a range's answer counts only where Content-Range says that it is that range", async (t) => {
+  const size = NOISE.length;
+  const cases: Record<string, (first: number) => Response> = {
+    "begins later": (first) => part(first + 1, size, { "content-range": `bytes ${first + 1}-${size - 1}/${size}` }),
+    "begins earlier": (first) => part(first - 1, size, { "content-range": `bytes ${first - 1}-${size - 1}/${size}` }),
+    "another total": (first) => part(first, size, { "content-range": `bytes ${first}-${size - 1}/${size + 1}` }),
+    "ends later": (first) => part(first, size, { "content-range": `bytes ${first}-${size}/${size + 1}` }),
+    "ends before it begins": (first) => part(first, size, { "content-range": `bytes ${first}-${first - 1}/${size}` }),
+    "another unit": (first) => part(0, size, { "content-range": `items ${first}-${size - 1}/${size}` }),
+    "no range": () => part(0, size, { "content-range": `bytes */${size}` }),
+    "nothing": (first) => new Response(NOISE.subarray(first), { status: 206 }),
+    "an unknown total, which is allowed": (first) =>
+      part(first, size, { "content-range": `bytes ${first}-${size - 1}/*` }),
+    "an earlier end, which is allowed": (first) =>
+      part(first, first + 999, { "content-range": `bytes ${first}-${first + 998}/${size}` }),
+  };
+  for (const [name, answer] of Object.entries(cases)) {
+    await t.step(name, async () => {
+      const onRequest = blobAnswers(
+        () => undefined,
+        ({ headers }) => answer(limits(headers.get("range") ?? "")[0]),
+        () => undefined,
+      );
+      await using registry = startRegistry({ onRequest });
+      serveLayer(registry, NOISE);
+      registry.faults = blobFaults([{ kind: "dieAt", byte: 60_000 }]);
+      assertSame((await pull(registry)).tarball, NOISE);
+      const [, second, third] = askedRanges(registry);
+      if (name.includes("total, which")) assert.equal(third, undefined);
+      else if (name.includes("allowed")) assert.equal(limits(third)[0], limits(second)[0] + 999);
+      else assert.equal(askedRanges(registry).length, 3);
+    });
+  }
+});
+
+Deno.test("a server without ranges is asked for everything, and what was read is skipped", async (t) => {
+  const dies: Fault = { kind: "dieAt", byte: 100_000 };
+  const cases: Record<string, { faults: Fault[][]; ranges: (boolean | undefined)[] }> = {
+    "200": { faults: [[dies], [{ kind: "ignoreRange" }]], ranges: [false, true] },
+    "200 that dies before news": {
+      faults: [[dies], [{ kind: "ignoreRange" }, { kind: "dieAt", byte: 30_000 }], [{ kind: "ignoreRange" }]],
+      ranges: [false, undefined, undefined],
+    },
+    "200 that dies after news": {
+      faults: [[dies], [{ kind: "ignoreRange" }, { kind: "dieAt", byte: 150_000 }], [{ kind: "ignoreRange" }]],
+      ranges: [false, true, undefined],
+    },
+  };
+  for (const [name, { faults, ranges }] of Object.entries(cases)) {
+    await t.step(name, async () => {
+      for (const storage of [false, true]) {
+        await using registry = startRegistry({ storage });
+        serveLayer(registry, NOISE);
+        registry.faults = storage
+          ? ({ origin, count }) => origin === "storage" ? faults[count - 1] ?? [] : []
+          : blobFaults(...faults);
+        assertSame((await pull(registry)).tarball, NOISE);
+        const asked = askedRanges(registry);
+        assert.equal(asked.length, ranges.length, asked.join());
+        ranges.forEach((is, at) => is === undefined || assert.equal(asked[at] !== undefined, is, asked.join()));
+      }
+    });
+  }
+  for (const code of [416, 400]) {
+    await t.step(`${code}, to each range`, async () => {
+      for (const storage of [false, true]) {
+        await using registry = startRegistry({ storage });
+        serveLayer(registry, NOISE);
+        registry.faults = ({ range, ...context }) =>
+          range === undefined ? blobFaults([dies])(context) : [{ kind: "status", code }];
+        if (storage) {
+          registry.faults = ({ origin, range, count }) =>
+            origin !== "storage" ? [] : range !== undefined ? [{ kind: "status", code }] : count === 1 ? [dies] : [];
+        }
+        assertSame((await pull(registry)).tarball, NOISE);
+        const asked = askedRanges(registry);
+        assert(asked.length <= 4 && asked[1] !== undefined && asked.at(-1) === undefined, asked.join());
+      }
+    });
+  }
+});
+
+Deno.test("tries are counted since the last byte, and on the whole", async (t) => {
+  const cases: Record<string, { faults: Fault[]; retries: number; requests: number | null }> = {
+    "no byte at all": { faults: [{ kind: "dieAt", byte: 0 }], retries: 3, requests: 4 },
+    "no byte that is new": { faults: [{ kind: "ignoreRange" }, { kind: "dieAt", byte: 9 }], retries: 3, requests: 4 },
+    "some bytes each time": { faults: [{ kind: "dieAt", byte: 20_000 }], retries: 1, requests: null },
+    "too few each time": { faults: [{ kind: "dieAt", byte: 2000 }], retries: 1, requests: 21 },
+    "too few each time, more patience": { faults: [{ kind: "dieAt", byte: 2000 }], retries: 2, requests: 41 },
+  };
+  for (const [name, { faults, retries, requests }] of Object.entries(cases)) {
+    await t.step(name, async () => {
+      await using registry = startRegistry();
+      serveLayer(registry, NOISE);
+      registry.faults = faults;
+      if (requests === null) return assertSame((await pull(registry, { retries })).tarball, NOISE);
+      await failure(() => pull(registry, { retries }), "network");
+      assert.equal(askedRanges(registry).length, requests);
+    });
+  }
+});
+
+Deno.test("a body that ends well but early is made whole", async (t) => {
+  for (const chunked of [false, true]) {
+    const short = (byte: number): Fault => ({ kind: "short", byte, chunked });
+    const cases: Record<string, Fault[][]> = {
+      "at first": [[short(60_000)]],
+      "in a range": [[{ kind: "dieAt", byte: 60_000 }], [short(999)], [short(999)]],
+      "and empty": [[short(0)]],
+      "each time": Array(20).fill([short(30_000)]),
+    };
+    for (const [name, faults] of Object.entries(cases)) {
+      await t.step(`${name}${chunked ? ", of no length" : ""}`, async () => {
+        await using registry = startRegistry();
+        serveLayer(registry, NOISE);
+        registry.faults = blobFaults(...faults);
+        assertSame((await pull(registry)).tarball, NOISE);
+      });
+    }
+  }
+});
+
+Deno.test("a layer of schema 1, which has no size, is resumed", async (t) => {
+  const layer = gzip(await makeTar([{ name: "a.whl", data: NOISE }]));
+  const cut = async function* () {
+    yield layer.slice(0, 60_000);
+    throw await Promise.reject(new Error("cut"));
+  };
+  const cases: Record<string, { first?: () => Response; range: boolean }> = {
+    "by the length of its first answer": { range: true },
+    "from the start, where that has none": {
+      first: () => new Response(ReadableStream.from(cut())),
+      range: false,
+    },
+  };
+  for (const [name, { first, range }] of Object.entries(cases)) {
+    await t.step(name, async () => {
+      await using registry = serveImage(
+        { onRequest: first && blobAnswers(first, () => undefined) },
+        makeSchema1({ ...SCHEMA1_FIELDS, layers: [BASE, layer] }),
+      );
+      registry.faults = blobFaults([{ kind: "dieAt", byte: 60_000 }]);
+      assertSame((await pull(registry)).tarball, layer);
+      const asked = askedRanges(registry);
+      assert.equal(asked.length, 2);
+      if (range) assert.equal(limits(asked[1])[1], layer.length - 1);
+      else assert.equal(asked[1], undefined);
+    });
+  }
+});
+
+/** A hook that serves a blob's ranges, and holds their bodies back until `wanted` of them are under way at once. */
+function crowd(bytes: Uint8Array<ArrayBuffer>, wanted: number) {
+  let [underway, most] = [0, 0];
+  const { promise, resolve } = Promise.withResolvers<void>();
+  const onRequest: RegistryOptions["onRequest"] = ({ headers }, { path }) => {
+    if (!path.includes("/blobs/") || !headers.has("range")) return undefined;
+    const [first, last] = limits(headers.get("range") ?? "");
+    most = Math.max(most, ++underway);
+    if (underway === wanted) resolve();
+    const pull = async (controller: ReadableStreamDefaultController) => {
+      await promise;
+      controller.enqueue(bytes.subarray(first, last + 1));
+      underway--;
+      controller.close();
+    };
+    const said = { "content-length": `${last + 1 - first}`, "content-range": `bytes ${first}-${last}/${bytes.length}` };
+    return new Response(new ReadableStream({ pull }, { highWaterMark: 0 }), { status: 206, headers: said });
+  };
+  return { onRequest, most: () => most };
+}
+
+/** As the program has it. */
+const RANGE = 4 << 20;
+
+Deno.test("a large layer comes in ranges over so many connections at once, in order", async (t) => {
+  const { bytes } = largeLayer();
+  const starts = Array.from({ length: Math.ceil(bytes.length / RANGE) }, (_, at) => at * RANGE);
+  const ranges = starts.map((start) => `bytes=${start}-${Math.min(start + RANGE, bytes.length) - 1}`);
+  for (const [connections, expected] of [[2, 2], [undefined, 4], [16, ranges.length]] as const) {
+    await t.step(`connections: ${connections}`, async () => {
+      const { onRequest, most } = crowd(bytes, expected);
+      await using registry = startRegistry({ onRequest });
+      serveLarge(registry);
+      assertSame((await pull(registry, { connections, timeout: 5, retries: 0 })).tarball, bytes);
+      assert.deepEqual(askedRanges(registry).toSorted((a, b) => limits(a)[0] - limits(b)[0]), ranges);
+      assert.equal(most(), expected);
+    });
+  }
+  await t.step("connections: 1 is a single stream", async () => {
+    await using registry = startRegistry();
+    serveLarge(registry);
+    assertSame((await pull(registry, { connections: 1 })).tarball, bytes);
+    assert.deepEqual(askedRanges(registry), [undefined]);
+  });
+  await t.step("a server without ranges is asked once", async () => {
+    await using registry = startRegistry();
+    serveLarge(registry);
+    registry.faults = [{ kind: "ignoreRange" }];
+    assertSame((await pull(registry)).tarball, bytes);
+    assert.deepEqual(askedRanges(registry), [ranges[0]]);
+  });
+});
+
+Deno.test("what a blob redirects to is asked for once, and again when its signature has run out", async () => {
+  const count = Math.ceil(largeLayer().bytes.length / RANGE);
+  for (const [uses, least, most] of [[Infinity, 1, 1], [2, count / 2, count]] as const) {
+    await using registry = startRegistry({ storage: { signed: true, uses }, auth: "bearer" });
+    serveLarge(registry);
+    assertSame((await pull(registry)).tarball, largeLayer().bytes);
+    const resolved = paths(registry, "/blobs/").length;
+    assert(resolved >= least && resolved <= most, `resolved ${resolved} times for ${uses} uses`);
+    const stored = registry.requests.filter(({ origin }) => origin === "storage");
+    assert(stored.every(({ headers, status }) => !headers.has("authorization") && [206, 403].includes(status)));
+  }
+  await using registry = startRegistry({ storage: { signed: true } });
+  serveLayer(registry, NOISE);
+  registry.faults = ({ origin }) => origin === "storage" ? [{ kind: "expiredSignature" }] : [];
+  await assertFails(pull(registry, { retries: 2 }), "auth|network");
+  assert(paths(registry, "storage").length <= 4);
+});
+
+Deno.test("a range that fails is resumed by itself, and the others go on", async (t) => {
+  const { bytes } = largeLayer();
+  const cases: Record<string, [third: Fault[], fifth: Fault[]]> = {
+    "by dying and falling silent": [[{ kind: "dieAt", byte: 1 << 20 }], [{ kind: "stall", byte: 1 << 20 }]],
+    "by a short body and a refusal": [[{ kind: "short", byte: 1 << 20 }], [{ kind: "status", code: 503 }]],
+  };
+  for (const [name, [third, fifth]] of Object.entries(cases)) {
+    await t.step(name, async () => {
+      await using registry = startRegistry();
+      serveLarge(registry);
+      const faults = new Map([[2 * RANGE, third], [4 * RANGE, fifth]]);
+      registry.faults = ({ range }) => {
+        const start = range === undefined ? -1 : limits(range)[0];
+        const found = faults.get(start) ?? [];
+        faults.delete(start);
+        return found;
+      };
+      assertSame((await pull(registry, { timeout: 0.5 })).tarball, bytes);
+      const asked = askedRanges(registry).map(limits).toSorted(([a], [b]) => a - b);
+      assert.equal(asked.length, Math.ceil(bytes.length / RANGE) + 2, JSON.stringify(asked));
+      for (const [first, last] of asked) assert.equal(last, Math.min(bytes.length, first - first % RANGE + RANGE) - 1);
+    });
+  }
+  await t.step("by an answer with everything, which costs no more than the rest of the layer", async () => {
+    await using registry = startRegistry();
+    serveLarge(registry);
+    registry.faults = ({ range }) => range?.startsWith(`bytes=${RANGE}-`) ? [{ kind: "ignoreRange" }] : [];
+    assertSame((await pull(registry)).tarball, bytes);
+    const whole = askedRanges(registry).filter((range) => range === undefined).length;
+    assert(whole <= 4, `everything was asked for ${whole} times more`);
+  });
+});
+
+Deno.test("a mirror that breaks off in the middle is gone on for", async (t) => {
+  await t.step("by the registry, from there", async () => {
+    await using registry = startRegistry();
+    await using mirror = startRegistry();
+    for (const each of [registry, mirror]) serveLayer(each, NOISE);
+    mirror.faults = blobFaults(...Array(50).fill([{ kind: "stall", byte: 60_000 }]).fill([{ kind: "reset" }], 1));
+    assertSame((await pull(registry, { mirrors: [mirror.url], timeout: 0.1 })).tarball, NOISE);
+    assert.deepEqual(askedRanges(registry), [`bytes=60000-${NOISE.length - 1}`]);
+  });
+  await t.step("in parallel", async () => {
+    await using registry = startRegistry();
+    await using mirror = startRegistry();
+    for (const each of [registry, mirror]) serveLarge(each);
+    mirror.faults = ({ path, count }) => path.includes("/blobs/") && count > 2 ? [{ kind: "reset" }] : [];
+    assertSame((await pull(registry, { mirrors: [mirror.url] })).tarball, largeLayer().bytes);
+    assert(askedRanges(registry).every((range) => limits(range)[0] >= RANGE), askedRanges(registry).join());
+  });
+});
+
+Deno.test("wrong bytes from a mirror are seen, and fetched again from the registry", async () => {
+  using scratch = new Scratch();
+  const layer = gzip(await makeTar(GOOD));
+  for (const byte of [0, 30, layer.length - 1]) {
+    for (const target of [{ dest: scratch.at("dest") }, { output: scratch.at("out") }]) {
+      await using registry = startRegistry();
+      await using mirror = startRegistry();
+      for (const each of [registry, mirror]) serveLayer(each, layer);
+      mirror.faults = [{ kind: "flipBit", byte }];
+      const options: FetchWheelsOptions = { ...target, mirrors: [mirror.url], protocol: "http" };
+      await fetchWheels(`${registry.host}/ns/wheels:1.0`, options);
+      if (target.output) assertSame(Deno.readFileSync(target.output), layer);
+      else assert.deepEqual(contents(scratch.at("dest")), GOOD_CONTENTS);
+      registry.faults = [{ kind: "flipBit", byte }];
+      const before = snapshot(scratch.path);
+      await assertFails(fetchWheels(`${registry.host}/ns/wheels:1.0`, options), "integrity");
+      assert.deepEqual(snapshot(scratch.path), before);
+    }
+  }
+});
+
+/** A registry with a small layer, and a cache for it. */
+async function serveCached(scratch: Scratch) {
+  const layer = gzip(await makeTar([{ name: "a.whl", data: NOISE }]));
+  const registry = startRegistry();
+  const reference = serveLayer(registry, layer);
+  const entry = `blobs/${sha256(layer).replace(":", "/")}`;
+  const fetch = async (options: FetchWheelsOptions = {}) => {
+    const warnings: string[] = [];
+    const onProgress = (event: ProgressEvent) => void (event.type === "warning" && warnings.push(event.message));
+    const shared = { dest: scratch.at("dest"), cache: scratch.at("cache"), protocol: "http", onProgress } as const;
+    await fetchWheels(reference, { ...shared, delay: () => Promise.resolve(), ...options });
+    assertSame(Deno.readFileSync(scratch.at("dest/a.whl")), NOISE);
+    Deno.removeSync(scratch.at("dest"), { recursive: true });
+    return warnings;
+  };
+  const assertKept = () => {
+    assertSame(Deno.readFileSync(scratch.at(`cache/${entry}`)), layer);
+    assert.deepEqual(Object.keys(snapshot(scratch.at("cache"))).length, 3, JSON.stringify(snapshot(scratch.path)));
+  };
+  return {
+    registry,
+    reference,
+    layer,
+    entry,
+    fetch,
+    assertKept,
+    [Symbol.asyncDispose]: () => registry[Symbol.asyncDispose](),
+  };
+}
+
+Deno.test("a layer in the cache is not asked for again, unless it is wrong", async (t) => {
+  using scratch = new Scratch();
+  await using cached = await serveCached(scratch);
+  const { registry, layer, entry, fetch, assertKept } = cached;
+  await t.step("at first", async () => {
+    await fetch();
+    assertKept();
+    assert.equal(askedRanges(registry).length, 1);
+  });
+  await t.step("then", async () => {
+    await fetch();
+    assertKept();
+    assert.equal(askedRanges(registry).length, 1);
+  });
+  const flipped = layer.slice();
+  flipped[1000] = (flipped[1000] ?? 0) ^ 1;
+  const wrong = {
+    "flipped bit": flipped,
+    "cut": layer.slice(0, 1000),
+    "empty": toBytes(""),
+    "long": concat(layer, "x"),
+  };
+  for (const [name, bytes] of Object.entries(wrong)) {
+    await t.step(`with an entry that is wrong: ${name}`, async () => {
+      scratch.at(`cache/${entry}`, bytes);
+      const before = askedRanges(registry).length;
+      await fetch();
+      assertKept();
+      assert.equal(askedRanges(registry).length, before + 1);
+    });
+  }
+  await t.step("by its sha512", async () => {
+    const digest = sha512(layer);
+    const source = serveLayer(registry, layer, { digest });
+    const options = { dest: scratch.at("dest512"), cache: scratch.at("cache512"), protocol: "http" } as const;
+    for (const _ of [1, 2]) await fetchWheels(source, options);
+    assertSame(Deno.readFileSync(scratch.at(`cache512/blobs/sha512/${digest.split(":")[1]}`)), layer);
+    assert.equal(paths(registry, digest).length, 1);
+  });
+});
+
+Deno.test("what a failed download left in the cache is gone on with", async (t) => {
+  using scratch = new Scratch();
+  await using cached = await serveCached(scratch);
+  const { registry, reference, layer, entry, fetch, assertKept } = cached;
+  const partial = `${scratch.at(`cache/${entry}`)}.part`;
+  const reset = () => Deno.removeSync(scratch.at("cache"), { recursive: true });
+  const refused = Array<Fault[]>(9).fill([{ kind: "status", code: 500 }]);
+
+  await t.step("after an error", async () => {
+    registry.faults = blobFaults([{ kind: "stall", byte: 60_000 }], ...refused);
+    await failure(() => fetch({ timeout: 0.1, retries: 1 }), "network");
+    assertSame(Deno.readFileSync(partial), layer.subarray(0, 60_000));
+    registry.faults = [];
+    await fetch();
+    assert.equal(askedRanges(registry).at(-1), `bytes=60000-${layer.length - 1}`);
+    assertKept();
+    reset();
+  });
+  await t.step("after SIGKILL, which takes its lock away", async () => {
+    registry.faults = [{ kind: "stall", byte: 60_000 }];
+    const place = ["-d", scratch.at("killed"), "--cache", scratch.at("cache")];
+    const child = spawnDeno(["run", ...PERMISSIONS, PROGRAM, "--protocol", "http", ...place, reference]);
+    await waitFor(() => Object.keys(snapshot(scratch.path)).some((path) => path.endsWith(".part")));
+    await waitFor(() => Deno.statSync(partial).size === 60_000);
+    child.kill("SIGKILL");
+    await child.output();
+    registry.faults = [];
+    await fetch();
+    assert.equal(askedRanges(registry).at(-1), `bytes=60000-${layer.length - 1}`);
+    assertKept();
+    reset();
+  });
+  const noise = new Uint8Array(randomBytes(60_000));
+  const parts = {
+    "right": layer.slice(0, 60_000),
+    "whole": layer,
+    "empty": toBytes(""),
+    "wrong": noise,
+    "right, then wrong": concat(layer.subarray(0, 60_000), noise),
+    "too long": concat(layer, noise),
+  };
+  for (const [name, bytes] of Object.entries(parts)) {
+    await t.step(`which is ${name}`, async () => {
+      scratch.at(`cache/${entry}.part`, bytes);
+      const before = askedRanges(registry).length;
+      await fetch();
+      assertKept();
+      const [first] = askedRanges(registry).slice(before);
+      if (name === "right") assert.equal(first, `bytes=60000-${layer.length - 1}`);
+      if (name === "whole") assert.equal(first, undefined);
+      reset();
+    });
+  }
+});
+
+Deno.test("several processes may share a cache, and a DEST", async () => {
+  using scratch = new Scratch();
+  await using cached = await serveCached(scratch);
+  const { registry, reference, fetch, assertKept } = cached;
+  registry.faults = [{ kind: "trickle", bytesPerSecond: 1_000_000 }];
+  const place = ["-d", scratch.at("shared"), "--cache", scratch.at("cache")];
+  const args = ["run", ...PERMISSIONS, PROGRAM, "--protocol", "http", ...place, reference];
+  const ours = { dest: scratch.at("shared"), cache: scratch.at("cache"), protocol: "http" } as const;
+  const [one, two] = await Promise.all([runDeno(args), runDeno(args), fetchWheels(reference, ours)]);
+  assert.deepEqual([one.code, two.code], [0, 0], one.stderr + two.stderr);
+  assert.deepEqual(Object.keys(contents(scratch.at("shared"))), ["a.whl"]);
+  assertKept();
+  const before = askedRanges(registry).length;
+  await fetch();
+  assert.equal(askedRanges(registry).length, before);
+});
+
+Deno.test("a cache that cannot be written to is said, and done without", async (t) => {
+  await t.step("because it is a file", async () => {
+    using scratch = new Scratch();
+    await using cached = await serveCached(scratch);
+    scratch.at("file", "file");
+    const warnings = await cached.fetch({ cache: scratch.at("file") });
+    assert(warnings.some((text) => text.includes(scratch.at("file"))), warnings.join());
+  });
+  for (const [option, words] of [["size=100k", /no space/], ["ro", /read-only/]] as const) {
+    await t.step({
+      name: `because of ${option}${canMount ? "" : " (needs root and mount)"}`,
+      ignore: !canMount,
+      async fn() {
+        using scratch = new Scratch();
+        await using cached = await serveCached(scratch);
+        const disk = scratch.at("cache");
+        Deno.mkdirSync(disk);
+        assert(new Deno.Command("mount", { args: ["-t", "tmpfs", "-o", option, "none", disk] }).outputSync().success);
+        try {
+          const warnings = await cached.fetch();
+          assert(warnings.some((text) => words.test(text)), warnings.join());
+          assert(Object.values(snapshot(disk)).every((entry) => entry.startsWith("directory")));
+        } finally {
+          new Deno.Command("umount", { args: [disk] }).outputSync();
+        }
+      },
+    });
+  }
+});
+
 Deno.test({
-  name: "a large layer needs little memory: 320 MiB through less than 250 MiB",
+  name: "a large layer needs little memory: 320 MiB through less than 200 MiB, in one stream or in ranges",
   ignore: Deno.build.os !== "linux",
-  async fn() {
+  async fn(t) {
     // One member of gzip that holds a whole block of noise, stored, and is sent again and again.
     const count = 320;
     const size = 1 << 20;
     const header = gzip(rawHeader({ name: "big.whl", size: count * size }));
     const block = gzipStored(new Uint8Array(randomBytes(size)));
     const end = gzip(new Uint8Array(1024));
-    const parts = function* () {
-      yield header;
-      for (let i = 0; i < count; i++) yield block;
-      yield end;
-    };
+    const parts = [header, ...Array<Uint8Array>(count).fill(block), end];
     const hash = createHash("sha256");
-    for (const part of parts()) hash.update(part);
+    for (const part of parts) hash.update(part);
     const digest = `sha256:${hash.digest("hex")}`;
-    await using registry = startRegistry({
-      onRequest: (_, { path }) => path.includes(digest) ? new Response(ReadableStream.from(parts())) : undefined,
-    });
     const total = header.length + count * block.length + end.length;
-    const reference = serveLayer(registry, toBytes(""), { digest, size: total });
-    using scratch = new Scratch();
-    const script = `import { fetchWheels } from ${JSON.stringify(new URL("fetch_wheels.ts", import.meta.url).href)};
-      const { files } = await fetchWheels(${JSON.stringify(reference)}, { dest: ${
-      JSON.stringify(scratch.at("dest"))
-    } });
-      const [, peak] = /VmHWM:\\s*(\\d+) kB/.exec(Deno.readTextFileSync("/proc/self/status"));
-      console.log(JSON.stringify({ files, peak: Number(peak) }));`;
-    const { code, stdout, stderr } = await runDeno(["eval", script]);
-    assert.equal(code, 0, stderr);
-    const { files, peak } = JSON.parse(stdout);
-    assert.deepEqual(files, [{ path: "big.whl", size: count * size }]);
-    assert(peak > 10 * 1024 && peak < 250 * 1024, `a peak of ${peak} KiB`);
+    const between = function* (first: number, last: number) {
+      let at = 0;
+      for (const part of parts) {
+        if (at <= last && at + part.length > first) yield part.subarray(Math.max(0, first - at), last + 1 - at);
+        at += part.length;
+      }
+    };
+    for (const connections of [1, 4]) {
+      await t.step(`connections: ${connections}`, async () => {
+        await using registry = startRegistry({
+          onRequest: (request, { path }) => {
+            if (!path.includes(digest)) return undefined;
+            const range = request.headers.get("range");
+            const [first, last] = range === null ? [0, total - 1] : limits(range);
+            const said = {
+              "content-length": `${last + 1 - first}`,
+              "content-range": `bytes ${first}-${last}/${total}`,
+            };
+            const status = range === null ? 200 : 206;
+            return new Response(ReadableStream.from(between(first, last)), { status, headers: said });
+          },
+        });
+        const reference = serveLayer(registry, toBytes(""), { digest, size: total });
+        using scratch = new Scratch();
+        const options = JSON.stringify({ dest: scratch.at("dest"), connections });
+        const script = `import { fetchWheels } from ${JSON.stringify(new URL("fetch_wheels.ts", import.meta.url).href)};
+          const { files } = await fetchWheels(${JSON.stringify(reference)}, ${options});
+          const [, peak] = /VmHWM:\\s*(\\d+) kB/.exec(Deno.readTextFileSync("/proc/self/status"));
+          console.log(JSON.stringify({ files, peak: Number(peak) }));`;
+        const { code, stdout, stderr } = await runDeno(["eval", script]);
+        assert.equal(code, 0, stderr);
+        const { files, peak } = JSON.parse(stdout);
+        assert.deepEqual(files, [{ path: "big.whl", size: count * size }]);
+        assert.equal(askedRanges(registry).length, connections === 1 ? 1 : Math.ceil(total / RANGE));
+        assert(peak > 10 * 1024 && peak < 200 * 1024, `a peak of ${peak} KiB`);
+      });
+    }
   },
 });
 
@@ -1314,6 +2011,213 @@ function gzipStored(bytes: Uint8Array): Uint8Array {
   const [head, tail] = [gzip(bytes).subarray(0, 10), gzip(bytes).subarray(-8)];
   return concat(head, deflateRawSync(bytes, { level: 0 }), tail);
 }
+
+/** The same numbers from the same seed, everywhere (mulberry32). */
+class Lot {
+  #state: number;
+
+  constructor(seed: number) {
+    this.#state = seed | 0;
+  }
+
+  below(limit: number): number {
+    this.#state = (this.#state + 0x6d2b79f5) | 0;
+    let mixed = Math.imul(this.#state ^ (this.#state >>> 15), this.#state | 1);
+    mixed ^= mixed + Math.imul(mixed ^ (mixed >>> 7), mixed | 61);
+    return Math.floor(((mixed ^ (mixed >>> 14)) >>> 0) / 2 ** 32 * limit);
+  }
+
+  pick<T>(choices: readonly T[]): T {
+    return choices[this.below(choices.length)] as T;
+  }
+}
+
+/** Where something may go wrong: the places that answer with the manifest, a token, the blob or a redirect to it. */
+type Place = "manifests" | "token" | "blobs" | "storage";
+
+/** Faults of a place's first requests, and of all that follow. */
+type Trouble = Partial<Record<Place, { first: Fault[][]; then: Fault[] }>>;
+
+/** One download: what serves it, what goes wrong, and how it must end (`right`, or the kinds of a failure). */
+interface Plan {
+  isLarge: boolean;
+  isSchema1: boolean;
+  auth: "none" | "bearer";
+  storage: false | { signed: boolean };
+  there: boolean;
+  connections: number;
+  trouble: Trouble;
+  mirror?: Trouble;
+  cache?: "empty" | "entry" | "wrong entry" | "part" | "wrong part";
+  ending: string;
+}
+
+function drawPlan(lot: Lot, isLarge: boolean): Plan {
+  const isSchema1 = !isLarge && lot.below(5) === 0;
+  const auth = lot.pick(["none", "bearer"] as const);
+  const storage = lot.pick([false, false, { signed: false }, { signed: true }] as const);
+  const shared = { isLarge, isSchema1, auth, storage, there: lot.below(2) === 0, connections: lot.pick([1, 2, 4, 16]) };
+  const at = () => lot.below(isLarge ? 6 << 20 : NOISE.length);
+  const refusals = ["1", "880\xb5s", "Thu, 01 Jan 1970 00:00:00 GMT"];
+  const status = (code: number): Fault => ({ kind: "status", code, headers: { "retry-after": lot.pick(refusals) } });
+  const anywhere = (): Fault =>
+    lot.below(3) === 0 ? { kind: "reset" } : status(lot.pick([408, 429, 500, 502, 503, 504]));
+  const early: (() => Fault)[] = [
+    anywhere,
+    () => ({ kind: "dieAt", byte: lot.below(40) }),
+    () => ({ kind: "stall", byte: 9 }),
+  ];
+  const inBlob: (() => Fault)[] = [
+    anywhere,
+    () => ({ kind: "dieAt", byte: at() }),
+    () => ({ kind: "dieAt", byte: at() }),
+    () => ({ kind: "stall", byte: at() }),
+    () => ({ kind: "trickle", bytesPerSecond: isLarge ? 200 << 20 : 2 << 20 }),
+    () => ({ kind: "wrongRange", shift: lot.pick([-1, 1, 99]) }),
+    () => ({ kind: "wrongRange", shift: 0, total: at() }),
+    () => ({ kind: "ignoreRange" }),
+    () => ({ kind: "status", code: lot.pick([400, 416]) }),
+    // Without a size, an answer that ends well is whole; and a length that comes twice is what the registry has.
+    ...(isSchema1 ? [] : [(): Fault => ({ kind: "short", byte: at(), chunked: lot.below(2) === 0 })]),
+  ];
+  const several = (least: number, draw: (() => Fault)[]) =>
+    Array.from({ length: least + lot.below(3) }, () => Array.from({ length: 1 + lot.below(2) }, () => lot.pick(draw)()))
+      // 400 and 416 are answers to a range; a registry that gives them to a plain GET means it.
+      .map((faults) => faults.filter((fault) => fault.kind !== "status" || ![400, 416].includes(fault.code)));
+  const passing = (): Trouble => {
+    const body = { first: several(1, inBlob), then: [] };
+    const expired: Fault = storage ? { kind: "expiredSignature" } : { kind: "expiredToken" };
+    if (lot.below(3) === 0 && (storage || auth === "bearer")) body.first[lot.below(2)] = [expired];
+    return {
+      manifests: { first: several(0, early), then: [] },
+      token: { first: several(0, [anywhere]), then: [] },
+      blobs: storage ? { first: several(0, [anywhere]), then: [] } : body,
+      ...(storage && { storage: body }),
+    };
+  };
+  const lasting = (then: Fault[]): Trouble => {
+    const trouble = passing();
+    const place = storage ? "storage" : "blobs";
+    const first: Fault[][] = lot.pick([[], [[{ kind: "dieAt", byte: at() }]]]);
+    return { ...trouble, [place]: { first, then } };
+  };
+  const byte = lot.below(isLarge ? largeLayer().bytes.length : NOISE.length);
+  const endings: (() => Pick<Plan, "trouble" | "ending">)[] = [
+    () => ({ trouble: lasting([{ kind: "reset" }]), ending: "network" }),
+    () => ({ trouble: lasting([{ kind: "dieAt", byte: 0 }]), ending: "network" }),
+    () => ({ trouble: lasting([status(503)]), ending: "network" }),
+    () => ({
+      trouble: lasting([{ kind: "status", code: 429, headers: { "retry-after": "3600" } }]),
+      ending: "network",
+    }),
+    () => ({ trouble: lasting([{ kind: "short", byte: 0 }]), ending: "integrity|network" }),
+    () => ({ trouble: lasting([{ kind: "wrongRange", shift: 7, claim: "asked" }]), ending: "right|integrity" }),
+    () => ({ trouble: { manifests: { first: [], then: [{ kind: "status", code: 404 }] } }, ending: "not-found" }),
+    () => ({ trouble: { manifests: { first: [], then: [{ kind: "status", code: 403 }] } }, ending: "auth" }),
+    ...(storage ? [() => ({ trouble: lasting([{ kind: "expiredSignature" }]), ending: "auth|network" })] : []),
+    ...(auth === "bearer"
+      ? [() => ({ trouble: { manifests: { first: [], then: [{ kind: "expiredToken" as const }] } }, ending: "auth" })]
+      : []),
+  ];
+  switch (lot.below(8)) {
+    case 0:
+    case 1:
+      return { ...shared, ...lot.pick(endings)() };
+    case 2: {
+      const trouble = passing();
+      for (const place of ["blobs", "storage"] as const) {
+        const { first, then } = trouble[place] ?? { first: [], then: [] };
+        const flip: Fault = { kind: "flipBit", byte };
+        trouble[place] = { first: first.map((faults) => [...faults, flip]), then: [...then, flip] };
+      }
+      return { ...shared, trouble, ending: "integrity" };
+    }
+    case 3: {
+      const bad: Fault[] = [{ kind: "flipBit", byte }, { kind: "reset" }, { kind: "dieAt", byte: at() }, status(429)];
+      const mirror = {
+        blobs: { first: several(1, inBlob), then: [lot.pick(bad)] },
+        manifests: { first: several(0, early), then: [] },
+      };
+      return { ...shared, trouble: passing(), mirror, ending: "right" };
+    }
+    case 4:
+    case 5: {
+      const cache = lot.pick(["empty", "entry", "wrong entry", "part", "wrong part"] as const);
+      return { ...shared, trouble: passing(), cache, ending: "right" };
+    }
+    default:
+      return { ...shared, trouble: passing(), ending: "right" };
+  }
+}
+
+const placeOf = ({ origin, path }: RequestContext): Place =>
+  origin === "registry" ? path.includes("/blobs/") ? "blobs" : "manifests" : origin;
+
+async function runPlan(plan: Plan, layer: { bytes: Uint8Array<ArrayBuffer>; digest: string }): Promise<string> {
+  const { isSchema1, isLarge, auth, storage, there, trouble, mirror, cache, connections } = plan;
+  using scratch = new Scratch();
+  using kept = new Scratch();
+  const serve = (options: RegistryOptions, trouble: Trouble) => {
+    const registry = startRegistry(options);
+    if (isSchema1) registry.pushImage("ns/wheels", "1.0", makeSchema1({ ...SCHEMA1_FIELDS, layers: [layer.bytes] }));
+    else serveLayer(registry, layer.bytes, { digest: layer.digest });
+    registry.faults = (context) => {
+      const { first, then } = trouble[placeOf(context)] ?? { first: [], then: [] };
+      return first[context.count - 1] ?? then;
+    };
+    return registry;
+  };
+  await using registry = serve({ auth, storage }, trouble);
+  await using second = serve({}, mirror ?? {});
+  const dest = scratch.at("dest");
+  if (there) scratch.at("dest/old.whl", "old");
+  const before = snapshot(scratch.path);
+  const entry = `blobs/${layer.digest.replace(":", "/")}`;
+  const broken = layer.bytes.slice(0, isLarge ? 9 << 20 : 70_000);
+  if (cache?.startsWith("wrong")) broken[broken.length >> 1] = (broken[broken.length >> 1] ?? 0) ^ 1;
+  if (cache !== undefined && cache !== "empty") {
+    kept.at(cache.endsWith("part") ? `${entry}.part` : entry, cache === "entry" ? layer.bytes : broken);
+  }
+  const options = {
+    ...{ dest, connections, protocol: "http", retries: 9, timeout: isLarge ? 0.5 : 0.15 } as const,
+    delay: () => Promise.resolve(),
+    mirrors: mirror && [second.url],
+    cache: cache && kept.path,
+  };
+  const ending = await fetchWheels(`${registry.host}/ns/wheels:1.0`, options).then(() => "right", (error) => {
+    assert(error instanceof FetchWheelsError, `not one of ours: ${error?.stack ?? error}`);
+    return `${error.kind}: ${error.message}`;
+  });
+  const after = snapshot(scratch.path);
+  const expected = {
+    "dest": "directory 755",
+    "dest/big.whl": `file 644 ${isLarge ? largeLayer().wheel : sha256(NOISE)}`,
+  };
+  assert.deepEqual(after, ending === "right" ? { ...before, ...expected } : before);
+  if (cache && ending === "right") assert.equal(sha256(Deno.readFileSync(kept.at(entry))), layer.digest);
+  return ending;
+}
+
+Deno.test("hundreds of downloads with faults by lot end right, or fail as they should and leave nothing", async () => {
+  const seed = Number(Deno.env.get("FETCH_WHEELS_SEED") ?? randomBytes(4).readUInt32LE());
+  console.log(`FETCH_WHEELS_SEED=${seed} replays the faults`);
+  const tar = rawTar(rawHeader({ name: "big.whl", size: NOISE.length }), NOISE);
+  const layers = [tar, gzip(tar)].map((bytes) => ({ bytes, digest: sha256(bytes) }));
+  const failures: string[] = [];
+  const runs = Array.from({ length: 300 }, (_, at) => async () => {
+    const plan = drawPlan(new Lot(seed + at), at % 15 === 0);
+    const layer = plan.isLarge ? largeLayer() : layers[at % 2] ?? assert.fail();
+    const ending = await runPlan(plan, layer).catch((error) => `wrong: ${error.stack}`);
+    if (!plan.ending.split("|").includes(ending.split(":")[0] ?? "")) {
+      failures.push(`${at}: ${ending} ${JSON.stringify(plan)}`);
+    }
+  });
+  const work = async () => {
+    for (let next = runs.shift(); next !== undefined; next = runs.shift()) await next();
+  };
+  await Promise.all(Array.from({ length: 12 }, work));
+  assert.equal(failures.join("\n"), "", `with FETCH_WHEELS_SEED=${seed}`);
+});
 
 // ---------------------------------------------------------------------------------------------------------------------
 // 7 Tar
@@ -1712,6 +2616,48 @@ Deno.test("what a killed run left is removed by the next one to that DEST", asyn
       const expected = dest === "there" ? ["there", "there/a.whl"] : ["absent", "absent/a.whl"];
       assert.deepEqual(Object.keys(snapshot(scratch.path)), expected);
     });
+  }
+});
+
+Deno.test("a living run's staging directory is left alone, a dead one's beside it is removed", async () => {
+  await using registry = startRegistry();
+  const layer = gzip(await makeTar([{ name: "a.whl", data: NOISE }]));
+  const reference = serveLayer(registry, layer);
+  for (const place of ["there", "absent"]) {
+    using scratch = new Scratch();
+    if (place === "there") Deno.mkdirSync(scratch.at(place));
+    const parent = place === "there" ? scratch.at(place) : scratch.path;
+    const hidden = () => [...Deno.readDirSync(parent)].map(({ name }) => name).filter((name) => name.startsWith("."));
+    registry.faults = [{ kind: "stall", byte: layer.length >> 1 }];
+    const start = async () => {
+      const before = hidden();
+      const child = spawnDeno([
+        "run",
+        ...PERMISSIONS,
+        PROGRAM,
+        "--protocol",
+        "http",
+        "-d",
+        scratch.at(place),
+        reference,
+      ]);
+      const fresh = () => hidden().find((name) => !before.includes(name)) ?? "none";
+      await waitFor(() => fresh() !== "none" && "new/a.whl" in snapshot(join(parent, fresh())));
+      return { child, staging: fresh() };
+    };
+    const [alive, dead] = [await start(), await start()];
+    dead.child.kill("SIGKILL");
+    await dead.child.output();
+    assert.deepEqual(hidden().toSorted(), [alive.staging, dead.staging].toSorted());
+    registry.faults = [];
+    await fetchWheels(reference, { dest: scratch.at(place), protocol: "http" });
+    assert.deepEqual(hidden(), [alive.staging]);
+    Deno.removeSync(scratch.at(`${place}/a.whl`));
+    registry.dropConnections();
+    const { code, stderr } = await alive.child.output();
+    assert.equal(code, 0, new TextDecoder().decode(stderr));
+    assert.deepEqual(Object.keys(snapshot(scratch.path)), [place, `${place}/a.whl`]);
+    assertSame(Deno.readFileSync(scratch.at(`${place}/a.whl`)), NOISE);
   }
 });
 
@@ -2250,6 +3196,52 @@ Deno.test("credentials come from stdin or the environment, and no secret is ever
   }
 });
 
+Deno.test("mirrors and a cache are given by option or by environment, and options win", async (t) => {
+  await using registry = startRegistry();
+  await using mirror = startRegistry();
+  await using other = startRegistry();
+  const layer = gzip(await makeTar(GOOD));
+  const [reference] = [registry, mirror].map((each) => serveLayer(each, layer));
+  const dead = `http://${await closedHost()}`;
+  const cases: { name: string; args?: string[]; env?: Record<string, string>; asked: TestRegistry[] }[] = [
+    { name: "REGISTRY_MIRROR", env: { REGISTRY_MIRROR: mirror.url }, asked: [mirror] },
+    {
+      name: "several in it",
+      env: { REGISTRY_MIRROR: ` ${dead} \t${other.url}\n${mirror.url} ` },
+      asked: [other, mirror],
+    },
+    {
+      name: "--mirror beats it",
+      args: ["--mirror", mirror.url],
+      env: { REGISTRY_MIRROR: other.url },
+      asked: [mirror],
+    },
+    { name: "--mirror, repeated", args: ["--mirror", other.url, "--mirror", mirror.url], asked: [other, mirror] },
+    { name: "empty", env: { REGISTRY_MIRROR: "" }, asked: [registry] },
+  ];
+  for (const { name, args = [], env = {}, asked } of cases) {
+    await t.step(name, async () => {
+      using scratch = new Scratch();
+      for (const each of [registry, mirror, other]) each.requests.length = 0;
+      const options = ["--protocol", "http", "-d", scratch.at("dest")];
+      const { code, stderr } = await run([...options, ...args, reference ?? ""], { env });
+      assert.equal(code, 0, stderr);
+      const seen = [registry, mirror, other].filter(({ requests }) => requests.length > 0);
+      assert.deepEqual(seen.map(({ url }) => url).toSorted(), asked.map(({ url }) => url).toSorted());
+    });
+  }
+  await t.step("FETCH_WHEELS_CACHE, which --cache beats", async () => {
+    using scratch = new Scratch();
+    const env = { FETCH_WHEELS_CACHE: scratch.at("one") };
+    for (const [place, args] of [["one", []], ["two", ["--cache", scratch.at("two")]]] as const) {
+      const { code } = await run(["--protocol", "http", "-d", scratch.at("dest"), ...args, reference ?? ""], { env });
+      assert.equal(code, 0);
+      assert(snapshot(scratch.at(place))[`blobs/${sha256(layer).replace(":", "/")}`]);
+    }
+    assert.deepEqual([...Deno.readDirSync(scratch.path)].map(({ name }) => name).toSorted(), ["dest", "one", "two"]);
+  });
+});
+
 for (const [signal, expected] of [["SIGINT", 130], ["SIGTERM", 143]] as const) {
   Deno.test(`${signal} in a download that stands still exits with ${expected} and leaves nothing`, async (t) => {
     await using registry = startRegistry();
@@ -2279,6 +3271,34 @@ for (const [signal, expected] of [["SIGINT", 130], ["SIGTERM", 143]] as const) {
     }
   });
 }
+
+Deno.test("a signal ends a download in ranges, and a wait, within two seconds", async (t) => {
+  const cases: Record<string, Fault> = {
+    "ranges": { kind: "stall", byte: 1 << 20 },
+    "a trickle": { kind: "trickle", bytesPerSecond: 1 << 20 },
+    "a wait": { kind: "status", code: 503, headers: { "retry-after": "50" } },
+  };
+  for (const [signal, expected] of [["SIGINT", 130], ["SIGTERM", 143]] as const) {
+    for (const [name, fault] of Object.entries(cases)) {
+      await t.step(`${signal} in ${name}`, async () => {
+        await using registry = startRegistry();
+        const reference = serveLarge(registry);
+        registry.faults = [fault];
+        using scratch = new Scratch();
+        const args = ["--protocol", "http", "-d", scratch.at("dest"), reference];
+        const child = spawnDeno(["run", ...PERMISSIONS, PROGRAM, ...args]);
+        await waitFor(() => askedRanges(registry).length >= (name === "a wait" ? 1 : 4));
+        await new Promise((resolve) => setTimeout(resolve, 100));
+        const killed = performance.now();
+        child.kill(signal);
+        const { code, stderr } = await child.output();
+        assert(performance.now() - killed < 2000);
+        assert.equal(code, expected, new TextDecoder().decode(stderr));
+        assert.deepEqual(snapshot(scratch.path), {});
+      });
+    }
+  }
+});
 
 Deno.test("the program runs with the permissions that its first line names", async () => {
   const [shebang = ""] = Deno.readTextFileSync(PROGRAM).split("\n");

@@ -179,7 +179,9 @@ async function present(bench: Bench): Promise<Contestant[]> {
   if (bench.module) await output(Deno.execPath(), ["cache", "-q", bench.module]); // a namespace has no way to a registry
   const noCrane = await installCrane(dirname(bench.storage)).then(() => "", (error) => ` (${error.message})`);
   return CONTESTANTS.filter(({ name, needs }) => {
-    const missing = name.startsWith(FETCH_WHEELS) && !bench.module ? "its module" : needs.find((program) => !which(program));
+    const missing = name.startsWith(FETCH_WHEELS) && !bench.module
+      ? "its module"
+      : needs.find((program) => !which(program));
     if (!missing) return true;
     console.log(`Skipped: ${name}: ${missing} is missing${missing === "crane" ? noCrane : ""}.\n`);
     return false;

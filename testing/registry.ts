@@ -685,7 +685,7 @@ class Origin {
     const server = await Deno.connect({ hostname: "127.0.0.1", port: this.#server.addr.port });
     const { port } = server.localAddr;
     this.#connections.set(port, { client, server });
-    if (this.#closed) this.#drop(port);
+    if (this.#closed) return this.#drop(port);
     client.setNoDelay();
     server.setNoDelay();
     // An end of either side is the end of both: HTTP has no use for half a connection.
