@@ -2809,7 +2809,10 @@ function describeResult(result: FetchResult, level: "normal" | "verbose"): strin
   const named = level === "verbose" ? skipped : skipped.filter(({ reason }) => !reason.includes("begins with"));
   const lines = named.map(({ path, reason }) => `left out ${quote(path)}: ${reason}`);
   const wheels = files.filter(({ path }) => path.endsWith(".whl")).length;
-  const what = dest === null ? "the tarball" : `${wheels} wheels and ${files.length - wheels} other files`;
+  const count = (number: number, noun: string) => `${number} ${noun}${number === 1 ? "" : "s"}`;
+  const what = dest === null
+    ? "the tarball"
+    : `${count(wheels, "wheel")}, ${count(files.length - wheels, "other file")}`;
   const where = dest ?? (output === "-" ? "stdout" : output);
   return [...lines, `${what}, ${formatBytes(bytes)} in ${seconds.toFixed(1)} s, to ${where}`];
 }
