@@ -1,4 +1,4 @@
-#!/usr/bin/env -S deno run --allow-net --allow-read --allow-write --allow-env=WHEELS*,REGISTRY_*,FETCH_WHEELS_CACHE,HTTPS_PROXY,NO_PROXY,https_proxy,no_proxy
+#!/usr/bin/env -S deno run --allow-net --allow-read --allow-write --allow-env=WHEELS*,REGISTRY_*,FETCH_WHEELS_CACHE,DOCKER_CONFIG,HOME,HTTPS_PROXY,NO_PROXY,https_proxy,no_proxy
 /**
  * Takes the final layer out of a container image, straight from its registry, checks every byte, and leaves the Python
  * wheels in a directory, all or nothing, ready for `pip install --no-index --find-links`.
@@ -98,6 +98,9 @@ const INFLATE_CHUNK_BYTES = 256 * 1024;
 const HUB = "docker.io";
 const HUB_NAMES = [HUB, "index.docker.io", "registry.hub.docker.com"];
 const HUB_HOST = "registry-1.docker.io";
+/** What the Hub is called in Docker's configuration, and the user name that stands for an identity token there. */
+const HUB_KEY = "https://index.docker.io/v1/";
+const IDENTITY_USER = "<token>";
 
 const INDEX_TYPES = [
   "application/vnd.oci.image.index.v1+json",
@@ -190,6 +193,22 @@ export interface Descriptor {
   annotations?: Record<string, string>;
 }
 
+/** What `docker login` and `podman login` write, as far as it matters here. */
+export interface DockerConfig {
+  /** By registry, or, podman's, by namespace or repository. */
+  auths?: Record<string, { auth?: string; identitytoken?: string; username?: string; password?: string }>;
+  /** Name of the helper for all registries. */
+  credsStore?: string;
+  /** Names of the helpers for single registries. */
+  credHelpers?: Record<string, string>;
+}
+
+/** A user name and a password, an identity token (OAuth2), or the name of the helper to ask for either. */
+export type Credentials = { username: string; password: string } | { identityToken: string } | { helper: string };
+
+type UserCredentials = Extract<Credentials, { username: string }>;
+type UsableCredentials = Exclude<Credentials, { helper: string }>;
+
 /** One challenge of a `WWW-Authenticate` header. */
 export interface Challenge {
   /** Lower case, such as `bearer`. */
@@ -239,6 +258,11 @@ export interface FetchWheelsOptions {
   username?: string;
   /** Password or access token that goes with `username`. */
   password?: string;
+  /**
+   * Docker's `config.json` and podman's `auth.json`; the first that knows the registry counts, when it asks.
+   * @default {[]}
+   */
+  authFiles?: string[];
   /**
    * How often a request that failed for a passing reason is tried again.
    * @default {5}
@@ -374,13 +398,14 @@ interface Settings extends
   Required<
     Omit<
       FetchWheelsOptions,
-      "output" | "platform" | "caFile" | "username" | "password" | "mirrors" | "cache" | "workerUrl"
+      "output" | "platform" | "caFile" | "username" | "password" | "authFiles" | "mirrors" | "cache" | "workerUrl"
     >
   >,
   Disposable {
   output?: string | WritableStream<Uint8Array>;
   platform: Platform;
-  credentials?: Credentials;
+  credentials?: UserCredentials;
+  authFiles: string[];
   mirrors: URL[];
   cache?: string;
   workerUrl?: string;
@@ -408,6 +433,7 @@ function settle(options: FetchWheelsOptions): Settings {
     ...{ platform, protocol, insecure, credentials, retries, timeout, connections, mirrors },
     cache: options.cache === undefined ? undefined : resolvePath(options.cache),
     isFresh: false,
+    authFiles: options.authFiles ?? [],
     workerUrl: options.workerUrl,
     signal: options.signal ?? new AbortController().signal,
     fetch: options.fetch ?? trustingFetch(client, pem, insecure),
@@ -578,13 +604,7 @@ function formatPlatform({ os, architecture, variant }: Partial<Platform>): strin
 // 2 Credentials: where a user name and a password come from.
 // ---------------------------------------------------------------------------------------------------------------------
 
-/** A user name and a password. */
-interface Credentials {
-  username: string;
-  password: string;
-}
-
-function givenCredentials({ username, password }: FetchWheelsOptions): Credentials | undefined {
+function givenCredentials({ username, password }: FetchWheelsOptions): UserCredentials | undefined {
   if (username === undefined && password === undefined) return undefined;
   if (!username) throw new FetchWheelsError("usage", "Cannot use a password: the user name is missing");
   if (password === undefined) throw usage("use user name", username, "the password is missing", PASSWORD_HINT);
@@ -592,10 +612,125 @@ function givenCredentials({ username, password }: FetchWheelsOptions): Credentia
   return { username, password };
 }
 
+/** The first of these files that knows the registry decides, as `docker login` and `podman login` left it there. */
+async function storedCredentials(image: ImageReference, settings: Settings): Promise<UsableCredentials | undefined> {
+  for (const file of settings.authFiles) {
+    const config = readAuthFile(file, settings);
+    const found = config && findCredentials(config, image);
+    if (found === undefined) continue;
+    return "helper" in found ? await askHelper(found.helper, { image, settings }) : found;
+  }
+  return undefined;
+}
+
+/** A file that is not there, or not to be read, is no news; one that is broken is a warning, and no failure. */
+function readAuthFile(file: string, { onProgress }: Settings): DockerConfig | undefined {
+  try {
+    if (!fs.existsSync(file)) return undefined;
+    const config = parseJson(fs.readFileSync(file));
+    if (config !== undefined) return config;
+    onProgress({ type: "warning", message: `${quote(file)} is left out: it is no JSON object` });
+  } catch (error) {
+    if (error instanceof Deno.errors.NotCapable) return undefined;
+    onProgress({ type: "warning", message: (diskError("read", file, error) as Error).message });
+  }
+  return undefined;
+}
+
+/**
+ * Finds what a Docker or podman configuration says of an image's registry. Reads no file and runs no helper.
+ *
+ * @example
+ * ```ts
+ * import { findCredentials } from "./fetch_wheels.ts";
+ * import assert from "node:assert/strict";
+ *
+ * const config = { auths: { "registry.example:5000": { auth: btoa("user:password") } } };
+ * assert.deepEqual(findCredentials(config, { registry: "registry.example:5000", repository: "ns/wheels" }), {
+ *   username: "user",
+ *   password: "password",
+ * });
+ * ```
+ *
+ * @param config What `config.json` or `auth.json` holds
+ * @param image Where the image is, as `parseImageReference` says it
+ * @returns `credHelpers` before `credsStore` before `auths`; of these the most specific whole-part match
+ */
+export function findCredentials(
+  config: DockerConfig,
+  { registry, repository }: Pick<ImageReference, "registry" | "repository">,
+): Credentials | undefined {
+  const [, helper = config.credsStore] = mostSpecific(config.credHelpers, registry) ?? [];
+  if (typeof helper === "string" && helper !== "") return { helper };
+  const [, entry] = mostSpecific(config.auths, `${registry}/${repository}`) ?? [];
+  if (typeof entry?.identitytoken === "string" && entry.identitytoken !== "") {
+    return { identityToken: entry.identitytoken };
+  }
+  if (typeof entry?.auth !== "string") {
+    return entry?.username && entry.password ? { username: entry.username, password: entry.password } : undefined;
+  }
+  const [, username, password] = /^([^:]+):(.*?)\0*$/s.exec(Buffer.from(entry.auth, "base64").toString("utf8")) ?? [];
+  return username === undefined || password === undefined ? undefined : { username, password };
+}
+
+/** Keys carry a scheme and a path from old days, or, podman's, a namespace; host and port must be equal in any case. */
+function mostSpecific<T>(entries: Record<string, T> | undefined, name: string): [key: string, entry: T] | undefined {
+  return Object.entries(entries ?? {})
+    .map(([key, entry]): [string, T] => [normalizeKey(key), entry])
+    .filter(([key]) => name === key || name.startsWith(`${key}/`))
+    .sort(([a], [b]) => b.length - a.length)[0];
+}
+
+function normalizeKey(key: string): string {
+  const [, scheme, host = "", path = ""] = /^(https?:\/\/)?([^/]*)(.*?)\/*$/.exec(key) ?? [];
+  const isHub = HUB_NAMES.includes(host) || host === HUB_HOST;
+  return `${isHub ? HUB : host}${scheme || /^\/v[12]$/.test(path) ? "" : path}`;
+}
+
+/** `docker-credential-NAME get`. Whatever goes wrong is told, and leads to an anonymous try. */
+async function askHelper(
+  name: string,
+  { image, settings }: { image: ImageReference; settings: Settings },
+): Promise<UsableCredentials | undefined> {
+  const program = `docker-credential-${name}`;
+  const warn = (state: string): undefined => {
+    const message = `Cannot ask ${quote(program)}: ${state}; trying without credentials`;
+    settings.onProgress({ type: "warning", message });
+  };
+  if (!/^[\w.-]+$/.test(name)) return warn("that is no name for a helper");
+  if (Deno.permissions.querySync({ name: "run", command: program }).state !== "granted") {
+    return warn(`it needs deno's --allow-run=${program}`);
+  }
+  try {
+    const child = new Deno.Command(program, {
+      args: ["get"],
+      stdin: "piped",
+      stdout: "piped",
+      stderr: "null",
+      signal: settings.signal,
+    }).spawn();
+    const writer = child.stdin.getWriter();
+    await writer.write(new TextEncoder().encode(image.registry === HUB ? HUB_KEY : image.registry)).catch(() => {});
+    await writer.close().catch(() => {}); // one that does not listen shows it by its answer
+    const { success, stdout } = await child.output();
+    const answer = success ? parseJson(stdout) : undefined;
+    const [username, secret] = [answer?.Username, answer?.Secret];
+    if (typeof username === "string" && typeof secret === "string" && secret !== "") {
+      return username === IDENTITY_USER ? { identityToken: secret } : { username, password: secret };
+    }
+    const said = new TextDecoder().decode(stdout).trim();
+    // To have none for this registry is what most helpers say most of the time.
+    return /not found/i.test(said) ? undefined : warn(success ? "its answer holds no credentials" : quote(said));
+  } catch (error) {
+    settings.signal.throwIfAborted();
+    return warn(error instanceof Deno.errors.NotFound ? "it is not installed" : (error as Error).message);
+  }
+}
+
 const PASSWORD_HINT = "give --username and --password-stdin, or set REGISTRY_USERNAME and REGISTRY_PASSWORD";
 
 /** RFC 7617, with UTF-8 as registries expect it. */
-function basic({ username, password }: Credentials): string {
+function basic({ username, password }: UserCredentials): string {
   return `Basic ${Buffer.from(`${username}:${password}`, "utf8").toString("base64")}`;
 }
 
@@ -612,6 +747,12 @@ interface Exchange {
   controller: AbortController;
 }
 
+/** What is sent: headers, and for a POST a form. */
+interface Message {
+  headers: Record<string, string>;
+  form?: string;
+}
+
 /** What may still go wrong. Bytes that come in restore the tries, but not without end. */
 interface Patience {
   failures: number;
@@ -622,11 +763,11 @@ interface Patience {
 async function request(
   urls: URL[],
   headers: Record<string, string>,
-  { settings, patience = newPatience() }: { settings: Settings; patience?: Patience },
+  { settings, patience = newPatience(), form }: { settings: Settings; patience?: Patience; form?: string },
 ): Promise<Exchange> {
   while (true) {
     try {
-      const exchange = await askFirst(urls, headers, settings);
+      const exchange = await askFirst(urls, { headers, form }, settings);
       if (!isTransient(exchange.response.status)) return exchange;
       const waitMs = retryAfter(exchange.response.headers.get("retry-after"), settings.now());
       const body = await readError(exchange, settings);
@@ -691,11 +832,11 @@ function delay(milliseconds: number, signal?: AbortSignal): Promise<void> {
   });
 }
 
-async function askFirst(urls: URL[], headers: Record<string, string>, settings: Settings): Promise<Exchange> {
+async function askFirst(urls: URL[], message: Message, settings: Settings): Promise<Exchange> {
   let failure: RequestError | undefined;
   for (const url of urls) {
     try {
-      return await followRedirects(url, headers, settings);
+      return await followRedirects(url, message, settings);
     } catch (error) {
       // A refused certificate must not lead to plain http: that is what an attacker would want.
       if (!(error instanceof RequestError) || error.reason === "certificate") throw error;
@@ -706,12 +847,13 @@ async function askFirst(urls: URL[], headers: Record<string, string>, settings: 
 }
 
 /** Redirects are followed by hand, for `fetch` would take the credentials along to whoever answers. */
-async function followRedirects(url: URL, headers: Record<string, string>, settings: Settings): Promise<Exchange> {
+async function followRedirects(url: URL, { headers, form }: Message, settings: Settings): Promise<Exchange> {
   let { authorization, ...rest } = headers;
-  const carriedSecret = authorization !== undefined;
+  const carriedSecret = authorization !== undefined || form !== undefined;
   let current = url;
   for (let hops = 0; hops <= MAX_REDIRECTS; hops++) {
-    const exchange = await send(current, authorization === undefined ? rest : { ...rest, authorization }, settings);
+    const sent = authorization === undefined ? rest : { ...rest, authorization };
+    const exchange = await send(current, { headers: sent, form }, settings);
     const location = exchange.response.headers.get("location");
     if (![301, 302, 303, 307, 308].includes(exchange.response.status) || location === null) {
       return { ...exchange, asked: url };
@@ -720,6 +862,9 @@ async function followRedirects(url: URL, headers: Record<string, string>, settin
     const next = redirectTarget(location, current);
     if (carriedSecret && current.protocol === "https:" && next.protocol === "http:") {
       throw network("follow", current, `it redirects to plain http (${displayUrl(next)}), and a password is in use`);
+    }
+    if (next.origin !== current.origin && form !== undefined) {
+      throw network("follow", current, "it redirects a secret elsewhere");
     }
     if (next.origin !== current.origin) authorization = undefined;
     current = next;
@@ -737,13 +882,14 @@ function redirectTarget(location: string, base: URL): URL {
 }
 
 /** One request, no more. Ends with an answer's head or a `RequestError`. */
-async function send(url: URL, headers: Record<string, string>, settings: Settings): Promise<Exchange> {
+async function send(url: URL, { headers, form }: Message, settings: Settings): Promise<Exchange> {
   const controller = new AbortController();
   const timer = setTimeout(() => controller.abort(silence(url, settings)), settings.timeout * 1000);
   try {
     const response = await settings.fetch(url, {
       // Deno would otherwise ask for gzip and decode it, and no digest would fit.
       headers: { "accept-encoding": "identity", "user-agent": `fetch_wheels/${VERSION}`, ...headers },
+      ...(form === undefined ? {} : { method: "POST", body: new URLSearchParams(form) }),
       redirect: "manual",
       signal: AbortSignal.any([controller.signal, settings.signal]),
     });
@@ -931,7 +1077,7 @@ function readCertificates(file: string): string[] {
   return [...found];
 }
 
-/** `node:https` in the shape of `fetch`, for GET. Proxies are taken from the environment, as `fetch` does by itself. */
+/** `node:https` in the shape of `fetch`, for what is sent here. Proxies are taken from the environment, as `fetch` does by itself. */
 async function nodeFetch(
   input: RequestInfo | URL,
   init: RequestInit = {},
@@ -942,10 +1088,12 @@ async function nodeFetch(
   const names = ["HTTPS_PROXY", "https_proxy", "NO_PROXY", "no_proxy"];
   const proxyEnv = Object.fromEntries(names.map((name) => [name, Deno.env.get(name)]));
   const agent = new https.Agent({ proxyEnv, ...options } as https.AgentOptions);
-  const headers = Object.fromEntries(new Headers(init.headers));
+  const { method, body } = init;
+  const form = body === undefined ? {} : { "content-type": "application/x-www-form-urlencoded" };
+  const headers = { ...Object.fromEntries(new Headers(init.headers)), ...form };
   const signal = init.signal ?? undefined;
-  const sent = https.request(url, { ...options, agent, headers, signal });
-  sent.end();
+  const sent = https.request(url, { ...options, agent, method, headers, signal });
+  sent.end(body?.toString());
   const [answer] = await once(sent, "response");
   const { statusCode: status, statusMessage: statusText } = answer;
   const fields = Object.entries(answer.headers as Record<string, string | string[]>);
@@ -988,7 +1136,8 @@ interface Authorization {
 interface Access {
   image: ImageReference;
   settings: Settings;
-  credentials?: Credentials;
+  /** Undefined as long as nobody looked for any, null where there are none. */
+  credentials?: UsableCredentials | null;
   isMirror: boolean;
 }
 
@@ -1083,9 +1232,11 @@ function tellOfMirror(error: unknown, registry: Registry, settings: Settings): v
 function authHint(status: number, { credentials }: Access): string | undefined {
   if (status === 404) return "check the name and the tag; some registries say so of private images, too";
   if (status !== 401 && status !== 403) return undefined;
-  return credentials === undefined
+  return !credentials
     ? `check the name; if the image is private, ${PASSWORD_HINT}`
-    : `check the user name and the password, and whether ${quote(credentials.username)} may pull this image`;
+    : `check the user name and the password${
+      "username" in credentials ? `, and whether ${quote(credentials.username)} may pull this image` : ""
+    }`;
 }
 
 /** The Hub has a host of its own. Only names that cannot be reached from elsewhere are tried without TLS. */
@@ -1113,7 +1264,9 @@ function mayCarrySecrets(url: URL, { protocol }: Settings): boolean {
 
 /** Bearer first, then Basic, as the challenge allows. */
 async function authorize(challenges: Challenge[], realmBase: URL, access: Access): Promise<Authorization> {
-  const { image, settings, credentials } = access;
+  const { image, settings } = access;
+  access.credentials ??= access.isMirror ? null : await storedCredentials(image, settings) ?? null;
+  const { credentials } = access;
   const fail = (state: string, hint?: string) =>
     new FetchWheelsError("auth", `Cannot fetch ${quote(formatReference(image))}: ${state}`, { hint });
   const bearer = challenges.find(({ scheme, parameters }) => scheme === "bearer" && parameters.realm);
@@ -1127,11 +1280,12 @@ async function authorize(challenges: Challenge[], realmBase: URL, access: Access
     throw fail(`the token service ${quote(realm.split("?")[0] ?? "")} is no http(s) URL`);
   }
   const exposed = [realmBase, url].find((target) => !mayCarrySecrets(target, settings));
-  if (credentials !== undefined && exposed !== undefined) {
+  if (credentials !== null && exposed !== undefined) {
     throw fail(`no password is sent to ${displayUrl(exposed)} over plain http`, "if that is meant: --protocol http");
   }
   if (bearer === undefined) {
-    if (credentials === undefined) throw fail("the registry asks for a user name and a password", PASSWORD_HINT);
+    if (credentials === null) throw fail("the registry asks for a user name and a password", PASSWORD_HINT);
+    if (!("username" in credentials)) throw fail("the registry takes no identity token", PASSWORD_HINT);
     return { challenges, realmBase, header: basic(credentials), expires: Infinity };
   }
   if (bearer.parameters.service !== undefined) url.searchParams.set("service", bearer.parameters.service);
@@ -1144,9 +1298,17 @@ async function fetchToken(url: URL, access: Access): Promise<Pick<Authorization,
   const { image, settings, credentials } = access;
   const name = formatReference(image);
   const asked = settings.now();
-  const headers: Record<string, string> = credentials === undefined ? {} : { authorization: basic(credentials) };
-  const ask = (patience: Patience) => request([url], headers, { settings, patience });
-  const { exchange, body } = await askWhole(ask, { limit: MAX_TOKEN_BYTES, settings });
+  const identity = credentials && "identityToken" in credentials ? credentials.identityToken : undefined;
+  const user = identity === undefined ? credentials : { username: IDENTITY_USER, password: identity };
+  const headers: Record<string, string> = user && "username" in user ? { authorization: basic(user) } : {};
+  const limits = { limit: MAX_TOKEN_BYTES, settings };
+  const get = () => askWhole((patience) => request([url], headers, { settings, patience }), limits);
+  const bare = new URL(url);
+  for (const name of ["service", "scope"]) bare.searchParams.delete(name);
+  const post = (form: string) => askWhole((patience) => request([bare], {}, { settings, patience, form }), limits);
+  // An identity token is exchanged by OAuth2's POST; not every token service has that, and then it is a password.
+  const posted = identity === undefined ? undefined : await post(refreshForm(url, identity));
+  const { exchange, body } = posted?.exchange.response.ok ? posted : await get();
   const hint = authHint(exchange.response.status, access);
   if (!exchange.response.ok) throw statusError("get a token for", name, { exchange, body, hint });
   const answer = parseJson(body);
@@ -1157,6 +1319,16 @@ async function fetchToken(url: URL, access: Access): Promise<Pick<Authorization,
   }
   const seconds = Number(answer?.expires_in) > 0 ? Number(answer?.expires_in) : DEFAULT_TOKEN_SECONDS;
   return { header: `Bearer ${token}`, expires: asked + seconds * 1000 };
+}
+
+function refreshForm({ searchParams }: URL, refreshToken: string): string {
+  const form = new URLSearchParams({
+    grant_type: "refresh_token",
+    client_id: "fetch_wheels",
+    refresh_token: refreshToken,
+  });
+  for (const name of ["service", "scope"]) form.set(name, searchParams.get(name) ?? "");
+  return form.toString();
 }
 
 // deno-lint-ignore no-explicit-any -- what others send may be anything, and is looked at field by field
@@ -2468,7 +2640,7 @@ async function openUrl(url: URL, settings: Settings): Promise<AsyncIterable<Uint
   return bodyOf(exchange, settings);
 }
 
-function decodedUser(url: URL): Credentials {
+function decodedUser(url: URL): UserCredentials {
   try {
     return { username: decodeURIComponent(url.username), password: decodeURIComponent(url.password) };
   } catch (error) {
@@ -2617,8 +2789,8 @@ SOURCE is an image (loci/requirements:master-ubuntu_jammy,
 registry:5000/ns/name@sha256:...), an http(s):// URL of a tarball, or a path
 that begins with /, ./ or ../. Without one, $WHEELS counts; without that, the
 first line of the wheels file.
-REGISTRY_USERNAME and REGISTRY_PASSWORD give credentials; HTTPS_PROXY and
-NO_PROXY are honoured.
+REGISTRY_USERNAME and REGISTRY_PASSWORD give credentials; without them, those
+of docker login and podman login count. HTTPS_PROXY and NO_PROXY are honoured.
 
 Examples:
   fetch_wheels -d wheels loci/requirements:master-ubuntu_jammy
@@ -2749,8 +2921,15 @@ async function fetchOptions(options: CommandOptions, io: Io): Promise<FetchWheel
       mirrors,
       cache,
     },
+    authFiles: authFiles(io),
     output: output === "-" || output === "/dev/stdout" ? io.stdout : output,
   };
+}
+
+function authFiles(io: Io): string[] {
+  const home = io.env("HOME");
+  const docker = io.env("DOCKER_CONFIG") || (home && join(home, ".docker"));
+  return [io.env("REGISTRY_AUTH_FILE"), docker && join(docker, "config.json")].filter((file) => !!file) as string[];
 }
 
 /** Everything but the line's end: blanks may be part of a password. */

@@ -2,12 +2,15 @@ import assert from "node:assert/strict";
 import { Buffer } from "node:buffer";
 import {
   type Challenge,
+  type Credentials,
   type Descriptor,
+  type DockerConfig,
   type ErrorKind,
   type FetchResult,
   fetchWheels,
   FetchWheelsError,
   type FetchWheelsOptions,
+  findCredentials,
   hostPlatform,
   main,
   parseChallenges,
@@ -448,6 +451,166 @@ Deno.test("half a pair of credentials is a usage error before any request", asyn
     const fetch = () => assert.fail("a request was sent");
     await failure(() => pull("localhost:5000/x", { ...options, fetch }), "usage");
   }
+});
+
+const HOST = "registry.example:5000";
+const account = (name: string) => ({ auth: btoa(`${name}:pass:word`) });
+const said = (username: string) => ({ username, password: "pass:word" });
+
+Deno.test("findCredentials() finds what belongs to the registry, and only that", () => {
+  const umlaut = { auth: Buffer.from("user:pässwörd", "utf8").toString("base64") };
+  const hub = { "https://index.docker.io/v1/": account("hub") };
+  const table: [config: DockerConfig, name: string, expected: Credentials | undefined][] = [
+    [{}, `${HOST}/ns/name`, undefined],
+    [{ auths: { [HOST]: account("a") } }, `${HOST}/ns/name`, said("a")],
+    [{ auths: { [HOST]: umlaut } }, `${HOST}/ns/name`, { username: "user", password: "pässwörd" }],
+    [{ auths: { [`https://${HOST}/v1/`]: account("a") } }, `${HOST}/ns/name`, said("a")],
+    [{ auths: { [`${HOST}/v2/`]: account("a") } }, `${HOST}/ns/name`, said("a")],
+    [{ auths: { "registry.example": account("a") } }, `${HOST}/ns/name`, undefined],
+    [{ auths: { [HOST]: account("a") } }, "registry.example/ns/name", undefined],
+    [{ auths: { [`${HOST}0`]: account("a"), "example:5000": account("b") } }, `${HOST}/ns/name`, undefined],
+    [{ auths: hub }, "docker.io/library/name", said("hub")],
+    [{ auths: { "docker.io": account("hub") } }, "docker.io/library/name", said("hub")],
+    [{ auths: hub }, `${HOST}/index.docker.io/v1`, undefined],
+    [{ auths: { [HOST]: account("a"), [`${HOST}/ns`]: account("b") } }, `${HOST}/ns/name`, said("b")],
+    [{ auths: { [HOST]: account("a"), [`${HOST}/ns/na`]: account("b") } }, `${HOST}/ns/name`, said("a")],
+    [{ auths: { [`${HOST}/ns/name`]: account("c"), [`${HOST}/ns`]: account("b") } }, `${HOST}/ns/name`, said("c")],
+    [{ auths: { [HOST]: { ...account("a"), identitytoken: "t" } } }, `${HOST}/ns/name`, { identityToken: "t" }],
+    [{ auths: { [HOST]: { username: "u", password: "p" } } }, `${HOST}/n`, { username: "u", password: "p" }],
+    [{ auths: { [HOST]: { auth: btoa("no colon") } } }, `${HOST}/n`, undefined],
+    [{ auths: { [HOST]: account("a") }, credsStore: "store" }, `${HOST}/n`, { helper: "store" }],
+    [{ credHelpers: { [HOST]: "own" }, credsStore: "store" }, `${HOST}/n`, { helper: "own" }],
+    [{ credHelpers: { "other.example": "own" }, credsStore: "store" }, `${HOST}/n`, { helper: "store" }],
+    [{ credHelpers: { [HOST]: "" }, auths: { [HOST]: account("a") } }, `${HOST}/n`, said("a")],
+  ];
+  for (const [config, name, expected] of table) {
+    const slash = name.indexOf("/");
+    const image = { registry: name.slice(0, slash), repository: name.slice(slash + 1) };
+    assert.deepEqual(findCredentials(config, image), expected, JSON.stringify([config, name]));
+  }
+});
+
+Deno.test("what docker login and podman login left is used, and only when the registry asks", async (t) => {
+  await using registry = serveImage({ auth: "bearer", users: { user: "pass:word" }, identityTokens: ["identity"] });
+  const auths = { [registry.host]: account("user") };
+  const args = ["--protocol", "http", "-o", "-", "--platform", "linux/amd64", `${registry.host}/ns/wheels:1.0`];
+  const table: [
+    name: string,
+    files: Record<string, unknown>,
+    env: Record<string, string>,
+    code: number,
+    said: RegExp,
+  ][] = [
+    ["Docker's file at home", { ".docker/config.json": { auths } }, { HOME: "." }, 0, /layer 2/],
+    ["$DOCKER_CONFIG", { "d/config.json": { auths } }, { DOCKER_CONFIG: "d", HOME: "nowhere" }, 0, /layer 2/],
+    ["$REGISTRY_AUTH_FILE", { "auth.json": { auths } }, { REGISTRY_AUTH_FILE: "auth.json" }, 0, /layer 2/],
+    [
+      "an identity token",
+      {
+        "auth.json": { auths: { [registry.host]: { identitytoken: "identity" } } },
+      },
+      { REGISTRY_AUTH_FILE: "auth.json" },
+      0,
+      /layer 2/,
+    ],
+    [
+      "a wrong password, which is no reason to go on without",
+      {
+        "auth.json": { auths: { [registry.host]: account("wrong") } },
+      },
+      { REGISTRY_AUTH_FILE: "auth.json" },
+      4,
+      /check the user name/,
+    ],
+    [
+      "a broken file, and the next one",
+      { "auth.json": "{", "d/config.json": { auths } },
+      {
+        REGISTRY_AUTH_FILE: "auth.json",
+        DOCKER_CONFIG: "d",
+      },
+      0,
+      /warning: "[^"]*auth.json" is left out/,
+    ],
+    [
+      "a helper that is not there",
+      { "d/config.json": { credsStore: "nowhere" } },
+      { DOCKER_CONFIG: "d" },
+      4,
+      /not installed/,
+    ],
+    [
+      "a helper that has a path in its name",
+      { "d/config.json": { credsStore: "../x" } },
+      { DOCKER_CONFIG: "d" },
+      4,
+      /no name/,
+    ],
+  ];
+  for (const [name, files, env, code, said] of table) {
+    await t.step(name, async () => {
+      using scratch = new Scratch();
+      for (const [path, value] of Object.entries(files)) {
+        scratch.at(path, typeof value === "string" ? value : JSON.stringify(value));
+      }
+      const placed = Object.entries(env).map(([key, value]) => [key, scratch.at(value)]);
+      const outcome = await run(args, { env: Object.fromEntries(placed) });
+      assert.equal(outcome.code, code, outcome.stderr);
+      assert.match(outcome.stderr, said);
+      if (code === 0) assert.deepEqual(outcome.bytes, LAYER);
+      assert(!/pass:word|identity/.test(outcome.stderr), outcome.stderr);
+    });
+  }
+  await t.step("none of them is read for a registry that does not ask", async () => {
+    await using open = serveImage();
+    using scratch = new Scratch();
+    const env = { REGISTRY_AUTH_FILE: scratch.at("auth.json", "{") };
+    const { code, stderr } = await run([...args.slice(0, -1), `${open.host}/ns/wheels:1.0`], { env });
+    assert.equal(code, 0);
+    assert.doesNotMatch(stderr, /auth.json/);
+  });
+});
+
+Deno.test("an identity token is exchanged by POST, or by GET where there is none", async () => {
+  for (const identityTokens of [["identity"], undefined]) {
+    await using registry = serveImage({ auth: "bearer", users: { "<token>": "identity" }, identityTokens });
+    using scratch = new Scratch();
+    const config = { auths: { [registry.host]: { identitytoken: "identity" } } };
+    const { tarball } = await pull(registry, { authFiles: [scratch.at("auth.json", JSON.stringify(config))] });
+    assert.deepEqual(tarball, LAYER);
+    const asked = registry.requests.filter(({ origin }) => origin === "token");
+    assert.deepEqual(asked.map(({ method }) => method), identityTokens === undefined ? ["POST", "GET"] : ["POST"]);
+    const form = new URLSearchParams(asked[0]?.body);
+    assert.deepEqual([form.get("grant_type"), form.get("refresh_token"), form.get("scope")], [
+      "refresh_token",
+      "identity",
+      "repository:ns/wheels:pull",
+    ]);
+  }
+});
+
+Deno.test("a credential helper is asked by name, for the registry by its key", async (t) => {
+  await using registry = serveImage({ auth: "basic", users: { user: "pass:word" } });
+  using scratch = new Scratch();
+  const script = `#!/bin/sh\n[ "$1 $(cat)" = "get ${registry.host}" ] || exit 1\n` +
+    `echo '{"ServerURL":"x","Username":"user","Secret":"pass:word"}'\n`;
+  Deno.chmodSync(scratch.at("docker-credential-mine", script), 0o755);
+  const config = { credHelpers: { [registry.host]: "mine" } };
+  const env = {
+    DOCKER_CONFIG: dirname(scratch.at("docker/config.json", JSON.stringify(config))),
+    PATH: `${scratch.path}:${Deno.env.get("PATH")}`,
+  };
+  const args = [PROGRAM, "--protocol", "http", "-d", scratch.at("dest"), "--platform", "linux/amd64"];
+  const source = `${registry.host}/ns/wheels:1.0`;
+  await t.step("with --allow-run", async () => {
+    const { code, stderr } = await runDeno(["run", ...PERMISSIONS, "--allow-run", ...args, source], { env });
+    assert.equal(code, 0, stderr);
+  });
+  await t.step("without", async () => {
+    const { code, stderr } = await runDeno(["run", ...PERMISSIONS, ...args, source], { env });
+    assert.equal(code, 4, stderr);
+    assert.match(stderr, /warning: .*--allow-run=docker-credential-mine/);
+  });
 });
 
 // ---------------------------------------------------------------------------------------------------------------------
