@@ -1,4 +1,4 @@
-#!/usr/bin/env -S deno run --allow-net --allow-read --allow-write --allow-env=WHEELS*,REGISTRY_*,FETCH_WHEELS_CACHE,DOCKER_CONFIG,HOME,HTTPS_PROXY,NO_PROXY,https_proxy,no_proxy
+#!/usr/bin/env -S deno run --allow-net --allow-read --allow-write --allow-env=WHEELS*,REGISTRY_*,PROJECT,FETCH_WHEELS_CACHE,DOCKER_CONFIG,HOME,HTTPS_PROXY,NO_PROXY,https_proxy,no_proxy
 /**
  * Takes the final layer out of a container image, straight from its registry, checks every byte, and leaves the Python
  * wheels in a directory, all or nothing, ready for `pip install --no-index --find-links`.
@@ -48,6 +48,8 @@ import { createGunzip } from "node:zlib";
 import { Command, CommanderError, InvalidArgumentError, Option } from "npm:commander@^15.1.0";
 import { Decompress as ZstdDecompress } from "npm:fzstd@^0.1.1";
 import { createTarDecoder, type ParsedTarEntry } from "npm:modern-tar@^0.8.6";
+// @ts-types="npm:@types/picomatch@^4.0.0"
+import picomatch from "npm:picomatch@^4.0.3";
 
 const VERSION = "0.1.0";
 
@@ -72,10 +74,11 @@ const PARALLEL_FROM_BYTES = 32 * 1024 * 1024;
 const RANGE_BYTES = 4 * 1024 * 1024;
 /** Below this a second thread takes longer to start than it saves. */
 const WORKER_FROM_BYTES = 128 * 1024 * 1024;
+const CONSTRAINTS = "upper-constraints.txt";
 const WORKER_NAME = "fetch_wheels extraction";
 const BATCH_BYTES = 512 * 1024;
 /** Batches that may be on their way to the worker, which bounds the memory that they take. */
-const BATCHES_AHEAD = 8;
+const BATCHES_AHEAD = 4;
 const MAX_REDIRECTS = 10;
 const LOCK_NAME = "lock";
 /** A staging directory as young as this may not have its lock yet. */
@@ -224,6 +227,7 @@ export type ProgressEvent =
   | { type: "request"; url: string; status: number }
   | { type: "retry"; reason: string; delayMs: number }
   | { type: "resolved"; image: ImageReference; layer: LayerInfo; platform: string | null }
+  | { type: "member"; path: string; size: number }
   | { type: "cached"; digest: string; size: number }
   | { type: "bytes"; received: number; total?: number }
   | { type: "warning"; message: string };
@@ -237,6 +241,26 @@ export interface FetchWheelsOptions {
   dest?: string;
   /** Write the tarball as it is to this file, or stream, instead of extracting it. */
   output?: string | WritableStream<Uint8Array>;
+  /**
+   * Which layer: its place (1 is the base), `last`, or its digest.
+   * @default {"last"}
+   */
+  layer?: string;
+  /** Globs of what to extract, on paths and on names; without any it is everything. */
+  include?: string[];
+  /** Globs of what to leave out, besides what begins with a dot; a directory stands for what is below it, too. */
+  exclude?: string[];
+  /**
+   * How many leading components of each path to drop.
+   * @default {0}
+   */
+  stripComponents?: number;
+  /** Project whose `NAME===…` is dropped from `upper-constraints.txt`. */
+  unpin?: string;
+  /** Only tell what the layer holds, in `files` and by `member` events. */
+  list?: boolean;
+  /** Only resolve; fetch no layer. */
+  dryRun?: boolean;
   /**
    * `OS/ARCH[/VARIANT]` to choose from an index.
    * @default {`linux/` and the host's architecture}
@@ -375,17 +399,18 @@ export async function fetchWheels(source: string, options: FetchWheelsOptions = 
 async function fetchOnce(source: string, settings: Settings): Promise<FetchResult> {
   const started = performance.now();
   const parsed = parseSource(source);
+  const isLook = settings.list || settings.dryRun;
   // Before anything is asked for: a disk that cannot be written to is better known before half a gigabyte came.
-  using target: Target = settings.output === undefined ? new StagedTree(settings) : new Tarball(settings.output);
+  using target = openTarget(settings);
   const { bytes, layer, ...origin } = await openSource(parsed, settings);
   const progress: Progress = { received: 0, total: layer?.size ?? undefined, settings };
-  const { files, skipped } = await target.receive(watched(bytes, progress), progress.total ?? 0);
+  const { files, skipped } = await target.receive(watched(bytes, progress), layer);
   return {
     source,
     ...origin,
-    layer: layer && { ...layer, size: progress.received },
-    dest: settings.output === undefined ? settings.dest : null,
-    output: typeof settings.output === "object" ? "-" : settings.output ?? null,
+    layer: layer && { ...layer, size: layer.size ?? (settings.dryRun ? null : progress.received) },
+    dest: isLook || settings.output !== undefined ? null : settings.dest,
+    output: isLook ? null : typeof settings.output === "object" ? "-" : settings.output ?? null,
     files,
     skipped,
     bytes: progress.received,
@@ -396,19 +421,20 @@ async function fetchOnce(source: string, settings: Settings): Promise<FetchResul
 /** The options with every default in its place. Disposing of them closes the connections. */
 interface Settings extends
   Required<
-    Omit<
+    Pick<
       FetchWheelsOptions,
-      "output" | "platform" | "caFile" | "username" | "password" | "authFiles" | "mirrors" | "cache" | "workerUrl"
+      "dest" | "protocol" | "insecure" | "retries" | "timeout" | "connections" | "signal" | "fetch" | "delay" | "now"
     >
   >,
+  Pick<FetchWheelsOptions, "output" | "unpin" | "list" | "dryRun" | "cache" | "workerUrl">,
   Disposable {
-  output?: string | WritableStream<Uint8Array>;
   platform: Platform;
+  layer: string;
+  choice: Choice;
+  onProgress: (event: ProgressEvent) => void;
   credentials?: UserCredentials;
   authFiles: string[];
   mirrors: URL[];
-  cache?: string;
-  workerUrl?: string;
   /** Whether what the cache has is to be thrown away. */
   isFresh: boolean;
 }
@@ -421,6 +447,12 @@ function settle(options: FetchWheelsOptions): Settings {
   if (!Number.isInteger(connections) || connections < 1 || connections > MAX_CONNECTIONS) {
     throw usage("use", String(connections), `connections are from 1 to ${MAX_CONNECTIONS}`);
   }
+  const { layer = "last", include = [], exclude = [], stripComponents: strip = 0 } = options;
+  if (!/^(?:last|[1-9]\d{0,5})$/.test(layer) && !DIGEST.test(layer)) {
+    throw usage("use layer", layer, "it is no place from 1 on, not last, and no digest");
+  }
+  if (!Number.isInteger(strip) || strip < 0) throw usage("use", String(strip), "it is no number of components");
+  const { unpin, list, dryRun } = options;
   const platform = options.platform === undefined ? hostPlatform() : parsePlatform(options.platform);
   const credentials = givenCredentials(options);
   const mirrors = (options.mirrors ?? []).map(parseMirror);
@@ -430,7 +462,21 @@ function settle(options: FetchWheelsOptions): Settings {
   return {
     dest: resolvePath(options.dest || DEFAULT_DEST),
     output: options.output,
-    ...{ platform, protocol, insecure, credentials, retries, timeout, connections, mirrors },
+    ...{
+      platform,
+      protocol,
+      insecure,
+      credentials,
+      retries,
+      timeout,
+      connections,
+      mirrors,
+      layer,
+      unpin,
+      list,
+      dryRun,
+    },
+    choice: { include, exclude, strip },
     cache: options.cache === undefined ? undefined : resolvePath(options.cache),
     isFresh: false,
     authFiles: options.authFiles ?? [],
@@ -1556,11 +1602,20 @@ function isPlatform(value: unknown): boolean {
   return [os, architecture, variant].every((part) => typeof (part ?? "") === "string");
 }
 
-function finalLayer({ layers }: Manifest, name: string): { layer: Descriptor; info: LayerInfo } {
-  const layer = layers.at(-1);
-  if (layer === undefined) throw new FetchWheelsError("not-found", `Cannot fetch ${quote(name)}: it has no layers`);
+/** The final layer, unless the user asks for another one. */
+function chooseLayer({ layers }: Manifest, name: string, wanted: string): { layer: Descriptor; info: LayerInfo } {
+  const index = wanted === "last"
+    ? layers.length - 1
+    : DIGEST.test(wanted)
+    ? layers.findIndex(({ digest }) => digest === wanted)
+    : Number(wanted) - 1;
+  const layer = layers[index];
+  if (layer === undefined) {
+    const which = wanted === "last" ? "it has no layers" : `of its ${layers.length} layers none is ${wanted}`;
+    throw new FetchWheelsError("not-found", `Cannot fetch ${quote(name)}: ${which}`);
+  }
   const { digest, size = null, mediaType = null } = layer;
-  return { layer, info: { digest, size, mediaType, index: layers.length, count: layers.length } };
+  return { layer, info: { digest, size, mediaType, index: index + 1, count: layers.length } };
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -2005,10 +2060,18 @@ type Member =
   | { kind: "symlink"; path: string; target: string }
   | { kind: "skipped"; path: string; reason: string };
 
-async function* tarMembers(bytes: AsyncIterable<Uint8Array>): AsyncGenerator<Member> {
+/** What of an archive is wanted: globs, and how many components of its paths are not. */
+interface Choice {
+  include: string[];
+  exclude: string[];
+  strip: number;
+}
+
+async function* tarMembers(bytes: AsyncIterable<Uint8Array>, choice: Choice): AsyncGenerator<Member> {
+  const choose = chooser(choice);
   const entries = ReadableStream.from(refuseOddTypes(bytes)).pipeThrough(createTarDecoder({ strict: true }));
   for await (const entry of orTarError(entries)) {
-    const member = safeMember(entry);
+    const member = choose(safeMember(entry));
     if (member?.kind !== "file") await entry.body.cancel();
     if (member !== undefined) yield member;
   }
@@ -2039,9 +2102,6 @@ function safeMember({ header, body }: ParsedTarEntry): Member | undefined {
     if (header.type === "directory") return undefined;
     throw fail("it has no name");
   }
-  if (path.split("/").some((component) => component.startsWith("."))) {
-    return { kind: "skipped", path, reason: 'its path has a component that begins with "."' };
-  }
   const mode = header.mode ?? 0;
   const linkname = header.linkname ?? "";
   switch (header.type) {
@@ -2058,6 +2118,33 @@ function safeMember({ header, body }: ParsedTarEntry): Member | undefined {
     default:
       return { kind: "skipped", path, reason: `it is a ${header.type}` };
   }
+}
+
+/** Leaves out what is not wanted. A glob stands for a path, for a name, and for all that is below either. */
+function chooser({ include, exclude, strip }: Choice): (member: Member | undefined) => Member | undefined {
+  const matcher = (globs: string[]) => globs.length === 0 ? undefined : picomatch(globs, { dot: true, nonegate: true });
+  const [isIncluded, isExcluded] = [matcher(include), matcher(exclude)];
+
+  const reasonAgainst = (path: string): string | undefined => {
+    const components = path.split("/");
+    const names = components.flatMap((name, at) => [name, components.slice(0, at + 1).join("/")]);
+    const isWanted = isIncluded !== undefined && names.some((name) => isIncluded(name));
+    if (isExcluded !== undefined && names.some((name) => isExcluded(name))) return "it is excluded";
+    if (isIncluded !== undefined && !isWanted) return "it is not included";
+    const isHidden = components.some((component) => component.startsWith("."));
+    if (isHidden && !isWanted) return 'its path has a component that begins with "."';
+    return components.length <= strip ? `its path has no more than ${strip} components` : undefined;
+  };
+
+  return (member) => {
+    if (member === undefined || member.kind === "skipped") return member;
+    const { path } = member;
+    const reason = reasonAgainst(path);
+    if (reason !== undefined) return { kind: "skipped", path, reason };
+    const stripped = (text: string) => text.split("/").slice(strip).join("/");
+    const shorter = { ...member, path: stripped(path) };
+    return shorter.kind === "hardlink" ? { ...shorter, target: stripped(shorter.target) } : shorter;
+  };
 }
 
 /** A path without `.` and empty components. One that could lead outside condemns the archive. */
@@ -2112,7 +2199,35 @@ function assertKnownType(block: Uint8Array): void {
 
 /** Where the bytes go. Disposing of it removes whatever was not published. */
 interface Target extends Disposable {
-  receive(bytes: AsyncIterable<Uint8Array>, size: number): Promise<Pick<FetchResult, "files" | "skipped">>;
+  receive(bytes: AsyncIterable<Uint8Array>, layer: LayerInfo | null): Promise<Received>;
+}
+
+type Received = Pick<FetchResult, "files" | "skipped">;
+
+function openTarget(settings: Settings): Target {
+  if (settings.dryRun) return { receive: lookAtOnly, [Symbol.dispose]() {} };
+  if (settings.list) return { receive: (bytes) => listMembers(bytes, settings), [Symbol.dispose]() {} };
+  return settings.output === undefined ? new StagedTree(settings) : new Tarball(settings.output);
+}
+
+/** A layer is described by its manifest; of a tarball the first bytes show that it is there. */
+async function lookAtOnly(bytes: AsyncIterable<Uint8Array>, layer: LayerInfo | null): Promise<Received> {
+  if (layer === null) { for await (const _ of bytes) break; }
+  return { files: [], skipped: [] };
+}
+
+async function listMembers(bytes: AsyncIterable<Uint8Array>, { choice, onProgress }: Settings): Promise<Received> {
+  const [files, skipped]: [FetchResult["files"], FetchResult["skipped"]] = [[], []];
+  for await (const member of tarMembers(decompress(bytes), choice)) {
+    const { kind, path } = member;
+    if (kind === "skipped") skipped.push({ path, reason: member.reason });
+    if (kind === "skipped" || kind === "directory") continue;
+    let size = 0;
+    if (kind === "file") { for await (const chunk of member.body) size += chunk.length; }
+    files.push({ path, size });
+    onProgress({ type: "member", path, size });
+  }
+  return { files, skipped };
 }
 
 /** What a dead run left behind is known by its lock, which the kernel took away; what a living run has is left alone. */
@@ -2143,7 +2258,7 @@ function tryLock(path: string, { create = false }: { create?: boolean }): Deno.F
 /** The tree of an archive, on DEST's file system and out of sight until it is published. */
 class StagedTree implements Target {
   readonly #dest: string;
-  readonly #workerUrl: string | undefined;
+  readonly #settings: Settings;
   readonly #root: string;
   readonly #tree: string;
   /** The topmost directory that had to be made for the staging directory, if any. */
@@ -2151,13 +2266,14 @@ class StagedTree implements Target {
   readonly #lock: Deno.FsFile | undefined;
   #isPublished = false;
 
-  constructor({ dest, workerUrl }: Settings) {
+  constructor(settings: Settings) {
+    const { dest } = settings;
     const exists = onDisk("use", dest, () => {
       const stat = fs.statSync(dest, { throwIfNoEntry: false });
       if (stat !== undefined && !stat.isDirectory()) throw occupied(dest, "it is no directory");
       return stat !== undefined;
     });
-    [this.#dest, this.#workerUrl] = [dest, workerUrl];
+    [this.#dest, this.#settings] = [dest, settings];
     const [place, name] = exists ? [dest, ""] : [dirname(dest), basename(dest)];
     this.#root = join(place, stagingName(name));
     this.#tree = join(this.#root, "new");
@@ -2168,19 +2284,20 @@ class StagedTree implements Target {
     this.#lock = onDisk("lock", this.#root, () => lockNew(join(this.#root, LOCK_NAME)));
   }
 
-  async receive(bytes: AsyncIterable<Uint8Array>, size: number): Promise<Pick<FetchResult, "files" | "skipped">> {
-    const url = size < WORKER_FROM_BYTES ? undefined : this.#workerUrl;
+  async receive(bytes: AsyncIterable<Uint8Array>, layer: LayerInfo | null): Promise<Received> {
+    const { choice, unpin, workerUrl } = this.#settings;
+    const url = (layer?.size ?? 0) < WORKER_FROM_BYTES ? undefined : workerUrl;
+    const order: Order = { tree: this.#tree, choice };
     const { entries, skipped } =
-      await (url === undefined ? extractTo(this.#tree, bytes) : extractInWorker(this.#tree, { bytes, url }));
+      await (url === undefined ? extractTo(order, bytes) : extractInWorker(order, { bytes, url }));
+    if (unpin !== undefined && entries.get(CONSTRAINTS)?.kind === "file") {
+      entries.set(CONSTRAINTS, { kind: "file", size: dropPin(join(this.#tree, CONSTRAINTS), unpin) });
+    }
     const files = [...entries].filter(([, { kind }]) => kind !== "directory").map(([path, { size }]) => ({
       path,
       size,
     }));
-    if (files.length === 0) {
-      throw new FetchWheelsError("not-found", "Cannot extract the layer: it holds no file", {
-        hint: 'members with a path component that begins with "." are left out',
-      });
-    }
+    if (files.length === 0) throw noFile(layer, skipped.length);
     this.#publish(entries);
     return { files, skipped };
   }
@@ -2253,6 +2370,33 @@ class StagedTree implements Target {
   }
 }
 
+function noFile(layer: LayerInfo | null, skipped: number): FetchWheelsError {
+  const { index = 1, count = 1 } = layer ?? {};
+  const what = `it holds no file to extract${skipped === 0 ? "" : `, ${skipped} of its members being left out`}`;
+  const others = Array.from({ length: count }, (_, at) => at + 1).filter((place) => place !== index);
+  const hint = others.length === 0 ? undefined : `the image's other layers: --layer ${others.join(", --layer ")}`;
+  return new FetchWheelsError("not-found", `Cannot extract layer ${index} of ${count}: ${what}`, { hint });
+}
+
+/** Drops a project's own pin, which would forbid to build any other version of it. Returns the file's new size. */
+function dropPin(file: string, project: string): number {
+  const normalize = (name: string) => name.toLowerCase().replace(/[-_.]+/g, "-"); // PEP 503
+  return onDisk("write", file, () => {
+    const lines = fs.readFileSync(file, "utf8").split("\n");
+    const kept = lines.filter((line) => normalize(/^\s*([\w.-]+)\s*===/.exec(line)?.[1] ?? "") !== normalize(project));
+    const { mode } = fs.statSync(file);
+    fs.unlinkSync(file); // not the contents of whatever may be linked to it
+    fs.writeFileSync(file, kept.join("\n"), { mode });
+    return fs.statSync(file).size;
+  });
+}
+
+/** What a writer of trees is told. */
+interface Order {
+  tree: string;
+  choice: Choice;
+}
+
 /** What is in a tree: paths, parents before children. */
 type Entries = Map<string, { kind: "file" | "directory" | "symlink"; size: number }>;
 
@@ -2262,9 +2406,9 @@ interface Extracted {
   skipped: FetchResult["skipped"];
 }
 
-async function extractTo(tree: string, bytes: AsyncIterable<Uint8Array>): Promise<Extracted> {
+async function extractTo({ tree, choice }: Order, bytes: AsyncIterable<Uint8Array>): Promise<Extracted> {
   const writer = new TreeWriter(tree);
-  for await (const member of tarMembers(decompress(bytes))) await writer.add(member);
+  for await (const member of tarMembers(decompress(bytes), choice)) await writer.add(member);
   writer.makeSymlinks();
   return { entries: writer.entries, skipped: writer.skipped };
 }
@@ -2351,7 +2495,7 @@ class TreeWriter {
 }
 
 /** What passes between the threads: a directory, batches of bytes, and their end; a word for each batch, and the outcome. */
-type ToWorker = { tree: string } | { batch: Uint8Array<ArrayBuffer>[] } | "end" | "stop";
+type ToWorker = { order: Order } | { batch: Uint8Array<ArrayBuffer>[] } | "end" | "stop";
 type FromWorker = "taken" | { extracted: Extracted } | { error: Pick<FetchWheelsError, "kind" | "message" | "hint"> };
 
 /**
@@ -2359,7 +2503,7 @@ type FromWorker = "taken" | { extracted: Extracted } | { error: Pick<FetchWheels
  * a hash to compute. The worker writes only to the staging directory; what is published is decided here.
  */
 async function extractInWorker(
-  tree: string,
+  order: Order,
   { bytes, url }: { bytes: AsyncIterable<Uint8Array>; url: string },
 ): Promise<Extracted> {
   const worker = new Worker(url, { type: "module", name: WORKER_NAME });
@@ -2381,7 +2525,7 @@ async function extractInWorker(
     word.resolve();
   };
   try {
-    post({ tree });
+    post({ order });
     for await (const batch of inBatches(bytes)) {
       post({ batch }, batch.map(({ buffer }) => buffer));
       for (ahead++; ahead >= BATCHES_AHEAD && !isOver; word = Promise.withResolvers()) await word.promise;
@@ -2431,9 +2575,9 @@ async function serveExtraction(): Promise<void> {
     }
   }
   const first = await next();
-  const tree = typeof first === "object" && "tree" in first ? first.tree : "";
+  if (typeof first === "string" || !("order" in first)) return;
   try {
-    port.postMessage({ extracted: await extractTo(tree, received()) });
+    port.postMessage({ extracted: await extractTo(first.order, received()) });
   } catch (thrown) {
     const error = explain(thrown);
     const [kind, hint] = error instanceof FetchWheelsError ? [error.kind, error.hint] : ["internal" as const];
@@ -2517,7 +2661,7 @@ class Tarball implements Target {
     });
   }
 
-  async receive(bytes: AsyncIterable<Uint8Array>): Promise<Pick<FetchResult, "files" | "skipped">> {
+  async receive(bytes: AsyncIterable<Uint8Array>): Promise<Received> {
     const output = this.#output;
     if (typeof output !== "string") {
       await ReadableStream.from(bytes).pipeTo(output, { preventClose: true }).catch((error) => {
@@ -2617,7 +2761,7 @@ const NO_IMAGE = { image: null, platform: null, manifest: null, layer: null };
 async function openImage(image: ImageReference, settings: Settings): Promise<OpenedSource> {
   const registries = openRegistries(image, settings);
   const { manifest, platform } = await resolveManifest(image, registries, settings);
-  const { layer, info } = finalLayer(manifest, formatReference(image));
+  const { layer, info } = chooseLayer(manifest, formatReference(image), settings.layer);
   settings.onProgress({ type: "resolved", image, layer: info, platform });
   const fetchFrom = (at: number) => blobBytes(layer, { registries, settings, at });
   const { registry: host, repository, tag = null, digest = null } = image;
@@ -2711,30 +2855,55 @@ export interface Io {
  */
 export async function main(args: string[], io: Io): Promise<number> {
   const log = (text: string) => io.stderr(`fetch_wheels: ${oneLine(text)}\n`);
-  let isVerbose = args.includes("-v") || args.includes("--verbose");
+  let [isVerbose, isJson] = [args.includes("-v") || args.includes("--verbose"), args.includes("--json")];
   try {
     const { source, options, print } = readCommandLine(args, io);
     if (print !== undefined) {
       await writeText(io.stdout, print);
       return 0;
     }
-    isVerbose = options.verbose;
-    const given = await fetchOptions(options, io);
-    const text = source ?? (io.env("WHEELS") || readWheelsFile(options.wheelsFile));
-    const level = options.quiet ? "quiet" : isVerbose ? "verbose" : "normal";
-    const result = await fetchWheels(text, {
-      ...given,
-      workerUrl: io.workerUrl,
-      signal: io.signal,
-      onProgress: progressLog(log, level),
-    });
-    const isRemembered = source !== undefined || io.env("WHEELS");
-    if (isRemembered) rememberSource(text, options.wheelsFile, log);
-    if (level !== "quiet") describeResult(result, level).forEach(log);
+    [isVerbose, isJson] = [options.verbose, options.json];
+    const result = await runFetch(source, { options, io, log });
+    if (isJson) await writeText(io.stdout, `${JSON.stringify(result, null, 2)}\n`);
     return 0;
   } catch (error) {
-    return reportError(error, log, isVerbose);
+    if (error === PIPE_CLOSED) return 0; // whoever read the list has seen enough
+    const code = reportError(error, log, isVerbose);
+    if (isJson) await writeText(io.stdout, `${JSON.stringify(errorDocument(error), null, 2)}\n`);
+    return code;
   }
+}
+
+const PIPE_CLOSED = new DOMException("the pipe is closed", "AbortError");
+
+async function runFetch(
+  source: string | undefined,
+  { options, io, log }: { options: CommandOptions; io: Io; log: (text: string) => void },
+): Promise<FetchResult> {
+  const given = await fetchOptions(options, io);
+  const text = source ?? (io.env("WHEELS") || readWheelsFile(options.wheelsFile));
+  const level = options.quiet ? "quiet" : options.verbose ? "verbose" : "normal";
+  const tell = progressLog(log, level);
+  const pipe = new AbortController();
+  const signal = AbortSignal.any([pipe.signal, ...(io.signal ? [io.signal] : [])]);
+  let printed = Promise.resolve();
+  const onProgress = (event: ProgressEvent) => {
+    if (event.type !== "member" || options.json) return tell(event);
+    const line = `${String(event.size).padStart(12)}  ${oneLine(event.path)}\n`;
+    printed = printed.then(() => writeText(io.stdout, line)).catch(() => pipe.abort(PIPE_CLOSED));
+  };
+  const result = await fetchWheels(text, { ...given, workerUrl: io.workerUrl, signal, onProgress });
+  await printed;
+  const isRemembered = result.dest !== null || result.output !== null;
+  if (isRemembered && (source !== undefined || io.env("WHEELS"))) rememberSource(text, options.wheelsFile, log);
+  if (level !== "quiet") describeResult(result, level).forEach(log);
+  return result;
+}
+
+function errorDocument(thrown: unknown): { error: { kind: ErrorKind; message: string; hint: string | null } } {
+  const error = explain(thrown);
+  const { kind, hint = null } = error instanceof FetchWheelsError ? error : { kind: "internal" as const };
+  return { error: { kind, message: withoutSecrets(error instanceof Error ? error.message : String(error)), hint } };
 }
 
 function reportError(thrown: unknown, log: (text: string) => void, isVerbose: boolean): number {
@@ -2772,6 +2941,14 @@ interface CommandOptions {
   connections: number;
   mirror: string[];
   cache?: string;
+  layer: string;
+  include: string[];
+  exclude: string[];
+  stripComponents: number;
+  unpin?: string;
+  list: boolean;
+  dryRun: boolean;
+  json: boolean;
   wheelsFile: string;
   quiet: boolean;
   verbose: boolean;
@@ -2844,6 +3021,17 @@ const OPTIONS: { option: Option; env?: string; read?: (text: string) => unknown 
     read: (text) => text.trim().split(/\s+/),
   },
   { option: new Option("--cache <dir>", "keep and reuse layers by digest"), env: "FETCH_WHEELS_CACHE" },
+  { option: new Option("--layer <which>", "N (1 is the base), last, or a digest").default("last") },
+  { option: new Option("--include <glob>", "extract only these (repeatable)").argParser(collect).default([], "all") },
+  {
+    option: new Option("--exclude <glob>", "leave these out (repeatable), besides .*").argParser(collect)
+      .default([], "none"),
+  },
+  { option: new Option("--strip-components <n>", "drop so many leading components").argParser(wholeNumber).default(0) },
+  { option: new Option("--unpin <name>", "drop NAME===... from upper-constraints.txt"), env: "PROJECT" },
+  { option: new Option("--list", "print sizes and paths; extract nothing").default(false) },
+  { option: new Option("--dry-run", "resolve; fetch no layer").default(false) },
+  { option: new Option("--json", "print one JSON document").default(false) },
   { option: new Option("--wheels-file <file>", "where the source is remembered").default(DEFAULT_WHEELS_FILE) },
   { option: new Option("-q, --quiet", "say nothing but errors").default(false) },
   { option: new Option("-v, --verbose", "tell of each request").default(false) },
@@ -2889,6 +3077,9 @@ function readCommandLine(args: string[], io: Io): CommandLine {
     throw new FetchWheelsError("usage", 'Cannot use "--dest" with "--output": one of them says where the layer goes');
   }
   if (dest === "cli") options.output = undefined;
+  if (options.json && options.output === "-") {
+    throw new FetchWheelsError("usage", 'Cannot use "--json" with "--output -": stdout takes one of them');
+  }
   if (options.dest === "") throw usage("use", "--dest", "its value is empty");
   if (options.output === "") throw usage("use", "--output", "its value is empty");
   return { source: command.args[0], options };
@@ -2921,6 +3112,8 @@ async function fetchOptions(options: CommandOptions, io: Io): Promise<FetchWheel
       mirrors,
       cache,
     },
+    ...{ layer: options.layer, include: options.include, exclude: options.exclude, unpin: options.unpin },
+    ...{ stripComponents: options.stripComponents, list: options.list, dryRun: options.dryRun },
     authFiles: authFiles(io),
     output: output === "-" || output === "/dev/stdout" ? io.stdout : output,
   };
@@ -2978,6 +3171,7 @@ function progressLog(
       case "cached":
         return log(`${event.digest}, ${formatBytes(event.size)}, comes from the cache`);
       case "bytes":
+      case "member":
         return;
     }
   };
@@ -2985,13 +3179,14 @@ function progressLog(
 
 function describeResult(result: FetchResult, level: "normal" | "verbose"): string[] {
   const { files, skipped, dest, output, bytes, seconds } = result;
-  const named = level === "verbose" ? skipped : skipped.filter(({ reason }) => !reason.includes("begins with"));
+  const named = level === "verbose" ? skipped : skipped.filter(({ reason }) => reason.startsWith("it is a "));
   const lines = named.map(({ path, reason }) => `left out ${quote(path)}: ${reason}`);
   const wheels = files.filter(({ path }) => path.endsWith(".whl")).length;
   const count = (number: number, noun: string) => `${number} ${noun}${number === 1 ? "" : "s"}`;
   const what = dest === null
     ? "the tarball"
     : `${count(wheels, "wheel")}, ${count(files.length - wheels, "other file")}`;
+  if (dest === null && output === null) return lines;
   const where = dest ?? (output === "-" ? "stdout" : output);
   return [...lines, `${what}, ${formatBytes(bytes)} in ${seconds.toFixed(1)} s, to ${where}`];
 }

@@ -2153,8 +2153,9 @@ Deno.test({
         });
         const reference = serveLayer(registry, toBytes(""), { digest, size: total });
         using scratch = new Scratch();
-        const options = JSON.stringify({ dest: scratch.at("dest"), connections });
-        const script = `import { fetchWheels } from ${JSON.stringify(new URL("fetch_wheels.ts", import.meta.url).href)};
+        const workerUrl = new URL("fetch_wheels.ts", import.meta.url).href; // as the command line has it
+        const options = JSON.stringify({ dest: scratch.at("dest"), connections, workerUrl });
+        const script = `import { fetchWheels } from ${JSON.stringify(workerUrl)};
           const { files } = await fetchWheels(${JSON.stringify(reference)}, ${options});
           const [, peak] = /VmHWM:\\s*(\\d+) kB/.exec(Deno.readTextFileSync("/proc/self/status"));
           console.log(JSON.stringify({ files, peak: Number(peak) }));`;
@@ -3496,6 +3497,147 @@ Deno.test("the module can be imported without any permission, and parses", async
   const args = ["run", "--no-prompt", "--config", config, scratch.at("script.ts", script)];
   const { code, stdout, stderr } = await runDeno(args);
   assert.deepEqual([code, stdout, stderr], [0, "docker.io\n", ""]);
+});
+
+Deno.test("--include, --exclude and --strip-components choose what is extracted", async (t) => {
+  using scratch = new Scratch();
+  const names = ["a.whl", "a.txt", "sub/b.whl", "sub/deep/c.whl", ".hidden/d.whl", ".wh.e"];
+  const source = scratch.at("layer.tar", await makeTar(names.map((name) => ({ name, data: name }))));
+  const table: [args: string[], expected: string[]][] = [
+    [[], ["a.txt", "a.whl", "sub/b.whl", "sub/deep/c.whl"]],
+    [["--include", "*.whl"], ["a.whl", "sub/b.whl", "sub/deep/c.whl"].concat(".hidden/d.whl").sort()],
+    [["--include", "*.whl", "--exclude", ".*"], ["a.whl", "sub/b.whl", "sub/deep/c.whl"]],
+    [["--include", "sub"], ["sub/b.whl", "sub/deep/c.whl"]],
+    [["--include", "sub/*.whl"], ["sub/b.whl"]],
+    [["--include", "a.{whl,txt}"], ["a.txt", "a.whl"]],
+    [["--exclude", "sub"], ["a.txt", "a.whl"]],
+    [["--exclude", "sub/deep", "--exclude", "[a].txt"], ["a.whl", "sub/b.whl"]],
+    [["--exclude", "!a.whl"], ["a.txt", "a.whl", "sub/b.whl", "sub/deep/c.whl"]],
+    [["--include", ".wh.e"], [".wh.e"]],
+    [["--strip-components", "1"], ["b.whl", "deep/c.whl"]],
+    [["--strip-components", "2", "--exclude", "a*"], ["c.whl"]],
+  ];
+  for (const [at, [args, expected]] of table.entries()) {
+    await t.step(JSON.stringify(args), async () => {
+      const dest = scratch.at(`dest${at}`);
+      const { code, stderr } = await run([...args, "-d", dest, source]);
+      assert.equal(code, 0, stderr);
+      const there = Object.entries(contents(dest)).filter(([, text]) => text !== "/").map(([path]) => path);
+      assert.deepEqual(there.sort(), expected);
+    });
+  }
+});
+
+Deno.test("a hard link follows --strip-components", async () => {
+  using scratch = new Scratch();
+  const members: TarMember[] = [{ name: "top/a.whl", data: "wheel" }, {
+    name: "top/b.whl",
+    type: "link",
+    linkname: "top/a.whl",
+  }];
+  const source = scratch.at("layer.tar", await makeTar(members));
+  await fetchWheels(source, { dest: scratch.at("dest"), stripComponents: 1 });
+  assert.deepEqual(contents(scratch.at("dest")), { "a.whl": "wheel", "b.whl": "wheel" });
+});
+
+Deno.test("--layer takes a layer by its place or its digest, and an empty one says which are left", async (t) => {
+  const empty = gzip(await makeTar([{ name: ".wh.old" }]));
+  await using registry = serveImage({}, makeImage({ layers: [BASE, LAYER, empty] }));
+  using scratch = new Scratch();
+  const source = `${registry.host}/ns/wheels:1.0`;
+  const common = ["--platform", "linux/amd64", "-d", scratch.at("dest")];
+  const table: [layer: string, code: number, said: RegExp][] = [
+    ["2", 0, /layer 2 of 3/],
+    ["1", 0, /layer 1 of 3/],
+    [sha256(LAYER), 0, /layer 2 of 3/],
+    ["last", 3, /hint: .*--layer 1, --layer 2$/m],
+    ["4", 3, /of its 3 layers none is 4/],
+    [sha256(toBytes("x")), 3, /of its 3 layers none is sha256/],
+    ["0", 2, /--layer|use layer/],
+    ["first", 2, /use layer "first"/],
+  ];
+  for (const [layer, code, said] of table) {
+    await t.step(layer, async () => {
+      const outcome = await run([...common, "--layer", layer, source]);
+      assert.equal(outcome.code, code, outcome.stderr);
+      assert.match(outcome.stderr, said);
+    });
+  }
+});
+
+Deno.test("--unpin drops a project's pin, however it spells its name, and nothing else", async (t) => {
+  using scratch = new Scratch();
+  const pins =
+    "Oslo.Config===9.1\noslo-config-extra===1\n# oslo.config===9\nnova===1\noslo_config===9.2;python_version<'4'\n";
+  const kept = "oslo-config-extra===1\n# oslo.config===9\nnova===1\n";
+  const members: TarMember[] = [{ name: "upper-constraints.txt", data: pins, mode: 0o640 }, {
+    name: "copy.txt",
+    type: "link",
+    linkname: "upper-constraints.txt",
+  }];
+  const source = scratch.at("layer.tar", await makeTar(members));
+  for (const [args, env] of [[["--unpin", "OSLO-config"], {}], [[], { PROJECT: "oslo_config" }]] as const) {
+    await t.step(JSON.stringify(env), async () => {
+      const { code, stderr, stdout } = await run([...args, "--json", "-d", scratch.at("dest"), source], { env });
+      assert.equal(code, 0, stderr);
+      assert.deepEqual(contents(scratch.at("dest")), { "upper-constraints.txt": kept, "copy.txt": pins });
+      const { files } = JSON.parse(stdout);
+      assert.deepEqual(files[0], { path: "upper-constraints.txt", size: kept.length });
+    });
+  }
+});
+
+Deno.test("--list and --dry-run look, and touch nothing; --json says it in one document", async (t) => {
+  await using registry = serveImage({}, makeImage({ layers: [BASE, gzip(await makeTar([...GOOD, { name: ".x" }]))] }));
+  using scratch = new Scratch();
+  const source = `${registry.host}/ns/wheels:1.0`;
+  const args = ["--protocol", "http", "-d", scratch.at("dest"), "--platform", "linux/amd64"];
+  const files = [{ path: "a.whl", size: 5 }, { path: "sub/b.txt", size: 4 }];
+  await t.step("--list", async () => {
+    const { code, stdout } = await run(["--list", ...args, source]);
+    assert.deepEqual([code, stdout], [0, "           5  a.whl\n           4  sub/b.txt\n"]);
+  });
+  await t.step("--list --json", async () => {
+    const { stdout } = await run(["--list", "--json", ...args, source]);
+    const result = JSON.parse(stdout);
+    assert.deepEqual([result.files, result.dest, result.skipped[0].path], [files, null, ".x"]);
+  });
+  await t.step("--dry-run fetches no layer", async () => {
+    registry.requests.length = 0;
+    const { code, stdout } = await run(["--dry-run", "--json", ...args, source]);
+    assert.deepEqual([code, JSON.parse(stdout).files, paths(registry, "/blobs/")], [0, [], []]);
+  });
+  await t.step("--dry-run of a file that is not there", async () => {
+    assert.equal((await run(["--dry-run", scratch.at("none.tar")])).code, 3);
+  });
+  assert.deepEqual(snapshot(scratch.path), {});
+  await t.step("--json", async () => {
+    const { code, stdout, stderr } = await run(["-q", "--json", ...args, source]);
+    const result: FetchResult = JSON.parse(stdout);
+    assert.deepEqual([code, stderr], [0, ""]);
+    assert.deepEqual(Object.keys(result), [
+      ...["source", "image", "platform", "manifest", "layer", "dest", "output", "files", "skipped", "bytes", "seconds"],
+    ]);
+    assert.deepEqual(result.image, { registry: registry.host, repository: "ns/wheels", tag: "1.0", digest: null });
+    assert.deepEqual([result.files, result.dest, result.layer?.index], [files, scratch.at("dest"), 2]);
+  });
+  for (const [bad, kind, expected] of [[[`${source}x`], "not-found", 3], [["--bogus"], "usage", 2]] as const) {
+    await t.step(`--json ${kind}`, async () => {
+      const { code, stdout, stderr } = await run(["--json", ...args, ...bad]);
+      const { error } = JSON.parse(stdout);
+      assert.deepEqual([code, error.kind], [expected, kind]);
+      assert(stderr.includes(error.message), stderr);
+    });
+  }
+});
+
+Deno.test("--list ends quietly when its reader goes away", async () => {
+  using scratch = new Scratch();
+  const members = Array.from({ length: 5000 }, (_, at) => ({ name: `${"n".repeat(80)}${at}`, data: "x" }));
+  const source = scratch.at("layer.tar", await makeTar(members));
+  const through = ["bash", "-c", '"$@" | head -n 1 >/dev/null; exit "${PIPESTATUS[0]}"', "bash"];
+  const { code, stderr } = await runDeno(["run", ...PERMISSIONS, PROGRAM, "--list", source], { through });
+  assert.deepEqual([code, stderr], [0, ""]);
 });
 
 // ---------------------------------------------------------------------------------------------------------------------
