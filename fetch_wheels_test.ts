@@ -3640,6 +3640,21 @@ Deno.test("--list ends quietly when its reader goes away", async () => {
   assert.deepEqual([code, stderr], [0, ""]);
 });
 
+Deno.test("the bundle runs with an empty cache and no package registry", async () => {
+  using scratch = new Scratch();
+  const { bundle } = denoJson.tasks;
+  const [, ...args] = bundle.command.replace("fetch_wheels.js", scratch.at("fetch_wheels.js")).split(" ");
+  const cwd = dirname(PROGRAM);
+  const bundled = await spawnDeno(args, { cwd }).output();
+  assert(bundled.success, new TextDecoder().decode(bundled.stderr));
+  const source = scratch.at("layer.tar.gz", gzip(await makeTar(GOOD)));
+  const env = { DENO_DIR: scratch.at("cache") };
+  const run = ["run", "--cached-only", ...PERMISSIONS, scratch.at("fetch_wheels.js"), "-d", scratch.at("dest"), source];
+  const { code, stderr } = await runDeno(run, { env, cwd: scratch.path });
+  assert.equal(code, 0, stderr);
+  assert.deepEqual(contents(scratch.at("dest")), GOOD_CONTENTS);
+});
+
 // ---------------------------------------------------------------------------------------------------------------------
 // A real registry
 // ---------------------------------------------------------------------------------------------------------------------
