@@ -40,7 +40,7 @@ import { createHash } from "node:crypto";
 import { once } from "node:events";
 import * as fs from "node:fs";
 import * as https from "node:https";
-import { basename, dirname, join, resolve as resolvePath } from "node:path";
+import { basename, dirname, join, posix, resolve as resolvePath } from "node:path";
 import process from "node:process";
 import { type Duplex, Readable } from "node:stream";
 import * as tls from "node:tls";
@@ -600,7 +600,9 @@ function isValidHost(host: string): boolean {
 }
 
 function formatReference({ registry, repository, tag, digest }: ImageReference): string {
-  return `${registry}/${repository}${tag === undefined ? "" : `:${tag}`}${digest === undefined ? "" : `@${digest}`}`;
+  return `${registry}${repository && `/${repository}`}${tag === undefined ? "" : `:${tag}`}${
+    digest === undefined ? "" : `@${digest}`
+  }`;
 }
 
 /**
@@ -966,7 +968,7 @@ async function* bodyOf({ response, url, controller }: Exchange, settings: Settin
   } catch (error) {
     settings.signal.throwIfAborted();
     controller.signal.throwIfAborted();
-    throw requestError(url, error);
+    throw error instanceof FetchWheelsError ? error : requestError(url, error);
   } finally {
     controller.abort(); // whatever is left of the body
   }
@@ -2729,7 +2731,11 @@ const DISK_STATES: Record<string, string> = {
 // ---------------------------------------------------------------------------------------------------------------------
 
 /** What a source's text means. */
-type Source = { kind: "image"; image: ImageReference } | { kind: "url"; url: URL } | { kind: "file"; path: string };
+type Source =
+  | { kind: "image"; image: ImageReference }
+  | { kind: "url"; url: URL }
+  | { kind: "file"; path: string }
+  | { kind: "oci" | "oci-archive" | "docker-archive"; text: string; path: string; tag?: string };
 
 function parseSource(text: string): Source {
   if (/^https?:\/\//i.test(text)) {
@@ -2737,6 +2743,9 @@ function parseSource(text: string): Source {
     return { kind: "url", url: new URL(text) };
   }
   if (/^\.{0,2}\//.test(text)) return { kind: "file", path: text };
+  const [, kind, path, tag] = /^(oci|oci-archive|docker-archive):(.+?)(?::([^/:]+))?$/s.exec(text) ?? [];
+  if (kind === "docker-archive") return { kind, text, path: text.slice(kind.length + 1) };
+  if (path !== undefined && (kind === "oci" || kind === "oci-archive")) return { kind, text, path, tag };
   return { kind: "image", image: parseImageReference(text) };
 }
 
@@ -2753,6 +2762,8 @@ async function openSource(source: Source, settings: Settings): Promise<OpenedSou
       return { ...NO_IMAGE, bytes: await openUrl(source.url, settings) };
     case "file":
       return { ...NO_IMAGE, bytes: openFile(source.path) };
+    default:
+      return await openLayout(source, settings);
   }
 }
 
@@ -2772,6 +2783,122 @@ async function openImage(image: ImageReference, settings: Settings): Promise<Ope
     layer: info,
     bytes: settings.cache === undefined ? verified(fetchFrom(0), layer) : throughCache(layer, { settings, fetchFrom }),
   };
+}
+
+/** A file of a layout or an archive, by its path in there. */
+type Shelf = (name: string) => AsyncIterable<Uint8Array>;
+
+/** An image that lies on the disk answers as a registry does, so that the same code resolves and verifies it. */
+async function openLayout(
+  { kind, text, path, tag }: Extract<Source, { text: string }>,
+  settings: Settings,
+): Promise<OpenedSource> {
+  const isDirectory = kind === "oci";
+  if (fs.statSync(path, { throwIfNoEntry: false })?.isDirectory() !== isDirectory) {
+    const state = fs.existsSync(path) ? `it is ${isDirectory ? "no" : "a"} directory` : "there is no such file";
+    throw new FetchWheelsError("not-found", `Cannot read ${quote(text)}: ${state}`);
+  }
+  const shelf = isDirectory ? (name: string) => openFile(join(path, name)) : archiveShelf(path);
+  const answer = kind === "docker-archive" ? await dockerAnswers(shelf, text) : ociAnswers(shelf, { text, tag });
+  const get = async (asked: string): Promise<Exchange> => {
+    const url = new URL("file:///");
+    return {
+      response: new Response(ReadableStream.from(await answer(asked))),
+      url,
+      asked: url,
+      controller: new AbortController(),
+    };
+  };
+  const image = { registry: text, repository: "" };
+  const { manifest, platform } = await resolveManifest(image, [{ isMirror: false, isDown: false, get }], settings);
+  const { layer, info } = chooseLayer(manifest, text, settings.layer);
+  settings.onProgress({ type: "resolved", image, layer: info, platform });
+  const { digest, mediaType } = manifest;
+  const bytes = verified(await answer(`blobs/${layer.digest}`), layer);
+  return {
+    ...NO_IMAGE,
+    platform,
+    manifest: kind === "docker-archive" ? null : { digest, mediaType },
+    layer: info,
+    bytes,
+  };
+}
+
+/** Reads an archive up to the file that is wanted. Members that are links lead on, as `docker save` makes them. */
+function archiveShelf(path: string): Shelf {
+  return async function* shelf(name: string): AsyncGenerator<Uint8Array> {
+    const tar = ReadableStream.from(decompress(openFile(path))).pipeThrough(createTarDecoder({ strict: true }));
+    for await (const { header, body } of orTarError(tar)) {
+      if (posix.normalize(header.name) !== name) await body.cancel();
+      else if (!header.linkname) return yield* orTarError(body);
+      else return yield* shelf(posix.join(header.type === "symlink" ? posix.dirname(name) : ".", header.linkname));
+    }
+    throw new FetchWheelsError("not-found", `Cannot read ${quote(path)}: it holds no ${quote(name)}`);
+  };
+}
+
+/** OCI image layout: `index.json` leads to `blobs/<algorithm>/<hex>`. */
+function ociAnswers(
+  shelf: Shelf,
+  { text, tag }: { text: string; tag: string | undefined },
+): (asked: string) => Promise<AsyncIterable<Uint8Array>> {
+  return async (asked) => {
+    const digest = asked.slice(asked.indexOf("/") + 1);
+    if (DIGEST.test(digest)) return shelf(`blobs/${digest.replace(":", "/")}`);
+    const index = parseJson(await wholeFile(shelf("index.json")));
+    const entries: Descriptor[] = Array.isArray(index?.manifests) ? index.manifests : [];
+    const nameOf = (entry: Descriptor) => entry?.annotations?.["org.opencontainers.image.ref.name"];
+    const names = new Set(entries.map(nameOf).filter((name) => name !== undefined));
+    const chosen = tag === undefined ? entries : entries.filter((entry) => nameOf(entry) === tag);
+    if (chosen.length > 0 && (tag !== undefined || names.size < 2)) return jsonBytes({ manifests: chosen });
+    const list = names.size === 0 ? "it names no tags" : `it has the tags ${[...names].join(", ")}`;
+    const hint = tag === undefined ? "add one of them, after a colon" : undefined;
+    throw new FetchWheelsError("not-found", `Cannot choose an image in ${quote(text)}: ${list}`, { hint });
+  };
+}
+
+/** `docker save`: `manifest.json` names a configuration, which holds the digests of the layers, and their files. */
+async function dockerAnswers(
+  shelf: Shelf,
+  text: string,
+): Promise<(asked: string) => Promise<AsyncIterable<Uint8Array>>> {
+  const fail = (state: string) => integrity("read", text, state);
+  const images = parseJson(
+    Buffer.concat([Buffer.from('{"images":'), await wholeFile(shelf("manifest.json")), Buffer.from("}")]),
+  )?.images;
+  if (!Array.isArray(images)) throw fail("its manifest.json is no list");
+  if (images.length !== 1) {
+    throw new FetchWheelsError("not-found", `Cannot choose in ${quote(text)}: it holds ${images.length} images`);
+  }
+  const { Config: name, Layers: files } = images[0] ?? {};
+  const body = await wholeFile(shelf(String(name)));
+  const named = /[0-9a-f]{64}/.exec(String(name))?.[0];
+  if (named !== undefined && digestOf(body, "sha256:") !== `sha256:${named}`) {
+    throw fail("its configuration has another digest");
+  }
+  const config = parseJson(body);
+  const digests: unknown = config?.rootfs?.diff_ids;
+  if (!Array.isArray(digests) || !Array.isArray(files) || digests.length !== files.length) {
+    throw fail("its layers are not those of its configuration");
+  }
+  const manifest = { mediaType: MANIFEST_TYPES[0], layers: digests.map((digest) => ({ digest })) };
+  const digest = digestOf(Buffer.from(JSON.stringify(manifest)), "sha256:");
+  const { os, architecture, variant } = config ?? {};
+  const top = { mediaType: INDEX_TYPES[0], manifests: [{ digest, platform: { os, architecture, variant } }] };
+  return (asked) => {
+    const reference = asked.slice(asked.indexOf("/") + 1);
+    if (asked.startsWith("blobs/")) return Promise.resolve(shelf(String(files[digests.indexOf(reference)])));
+    return Promise.resolve(jsonBytes(reference === digest ? manifest : top));
+  };
+}
+
+async function* jsonBytes(value: unknown): AsyncGenerator<Uint8Array> {
+  yield await Promise.resolve(new TextEncoder().encode(JSON.stringify(value)));
+}
+
+async function wholeFile(bytes: AsyncIterable<Uint8Array>): Promise<Uint8Array> {
+  const chunks = await Array.fromAsync(bytes);
+  return Buffer.concat(chunks);
 }
 
 async function openUrl(url: URL, settings: Settings): Promise<AsyncIterable<Uint8Array>> {
@@ -2963,8 +3090,9 @@ interface CommandLine {
 
 const HELP_AFTER = `
 SOURCE is an image (loci/requirements:master-ubuntu_jammy,
-registry:5000/ns/name@sha256:...), an http(s):// URL of a tarball, or a path
-that begins with /, ./ or ../. Without one, $WHEELS counts; without that, the
+registry:5000/ns/name@sha256:...), an http(s):// URL of a tarball, a path that
+begins with /, ./ or ../, or, without a network, oci:DIR[:TAG],
+oci-archive:FILE[:TAG] or docker-archive:FILE. Without one, $WHEELS counts; without that, the
 first line of the wheels file.
 REGISTRY_USERNAME and REGISTRY_PASSWORD give credentials; without them, those
 of docker login and podman login count. HTTPS_PROXY and NO_PROXY are honoured.

@@ -3051,6 +3051,83 @@ Deno.test("a path where nothing is is not found; one of a directory is an error 
   await assertRefused(scratch.path, "io");
 });
 
+/** A directory's files as members of an archive. */
+function membersOf(dir: string): TarMember[] {
+  return Object.entries(snapshot(dir)).filter(([, entry]) => entry.startsWith("file"))
+    .map(([path]) => ({ name: path, data: Deno.readFileSync(join(dir, path)) }));
+}
+
+Deno.test("an OCI layout, as a directory or an archive, is resolved and verified as a registry is", async (t) => {
+  using scratch = new Scratch();
+  const images = [await makeWheelsImage("amd64"), await makeWheelsImage("arm64")] as const;
+  const index = makeIndex(images.map(({ descriptor }) => descriptor));
+  const layout = writeLayout(scratch, [...images], { single: images[0], multi: index });
+  const archive = `oci-archive:${scratch.at("layout.tar", await makeTar(membersOf(scratch.at("layout"))))}`;
+  for (const source of [layout, archive]) {
+    await t.step(source.split(":")[0] ?? "", async () => {
+      for (const [tag, architecture] of [["single", "amd64"], ["multi", "amd64"], ["multi", "arm64"]]) {
+        const dest = scratch.at(`${source.slice(0, 5)}/${tag}/${architecture}`);
+        const result = await fetchWheels(`${source}:${tag}`, { dest, platform: `linux/${architecture}` });
+        assert.deepEqual(Object.keys(contents(dest)), [`for_${architecture}-1.0-py3-none-any.whl`]);
+        assert.deepEqual([result.layer?.index, result.layer?.count], [2, 2]);
+      }
+      await assertRefused(`${source}:none`, "not-found");
+      assert.match((await assertFails(fetchWheels(source), "not-found")).message, /single, multi$/);
+      await assertRefused(`${source}:multi`, "not-found", { platform: "linux/s390x" });
+    });
+  }
+  await t.step("a blob that is not what its digest says", async () => {
+    const digest = [...images[0].blobs.keys()].at(-1)?.split(":")[1];
+    const blob = scratch.at(`layout/blobs/sha256/${digest}`);
+    Deno.writeFileSync(blob, gzip(await makeTar(GOOD)));
+    await assertRefused(`${layout}:single`, "integrity");
+  });
+  await assertRefused(`oci:${scratch.at("nowhere")}`, "not-found");
+  await assertRefused(`oci-archive:${scratch.at("layout")}`, "not-found");
+});
+
+Deno.test("an archive of docker save is verified by the digests of its configuration", async (t) => {
+  using scratch = new Scratch();
+  const [base, top] = [await makeTar([{ name: "base.txt", data: "base" }]), await makeTar(GOOD)];
+  const rootfs = { type: "layers", diff_ids: [sha256(base), sha256(top)] };
+  const config = JSON.stringify({ os: "linux", architecture: "arm64", rootfs });
+  const name = `${sha256(toBytes(config)).slice(7)}.json`;
+  const archive = (changes: Partial<Record<"top" | "config", string | Uint8Array>> = {}, images = 1) => {
+    const image = { Config: name, RepoTags: ["wheels:1"], Layers: ["a/layer.tar", "b/layer.tar"] };
+    return makeTar([
+      { name: "a/layer.tar", data: base },
+      { name: "b/layer.tar", type: "symlink", linkname: "../c/layer.tar" },
+      { name: "c/layer.tar", data: changes.top ?? top },
+      { name, data: changes.config ?? config },
+      { name: "manifest.json", data: JSON.stringify(Array(images).fill(image)) },
+    ]);
+  };
+  const options = { platform: "linux/arm64", dest: scratch.at("dest") };
+  const source = `docker-archive:${scratch.at("good.tar", await archive())}`;
+  await t.step("the final layer, of an archive as it is or compressed", async () => {
+    const { platform, layer } = await fetchWheels(source, options);
+    assert.deepEqual([platform, layer?.digest, contents(options.dest)], ["linux/arm64", sha256(top), GOOD_CONTENTS]);
+    const compressed = scratch.at("good.tar.gz", gzip(await archive()));
+    await fetchWheels(`docker-archive:${compressed}`, { ...options, layer: "1", dest: scratch.at("base") });
+    assert.deepEqual(contents(scratch.at("base")), { "base.txt": "base" });
+  });
+  const table: [name: string, archive: Uint8Array, kind: string, platform?: string][] = [
+    ["another layer than its configuration says", await archive({ top: base }), "integrity"],
+    [
+      "another configuration than its name says",
+      await archive({ config: config.replace("arm64", "amd64") }),
+      "integrity",
+    ],
+    ["two images", await archive({}, 2), "not-found"],
+    ["another platform", await archive(), "not-found", "linux/amd64"],
+    ["no manifest.json", await makeTar(GOOD), "not-found"],
+    ["a truncated archive", (await archive()).subarray(0, 2048), "integrity"],
+  ];
+  for (const [what, bytes, kind, platform = "linux/arm64"] of table) {
+    await t.step(what, () => assertRefused(`docker-archive:${scratch.at("bad.tar", bytes)}`, kind, { platform }));
+  }
+});
+
 // ---------------------------------------------------------------------------------------------------------------------
 // 10 Command line
 // ---------------------------------------------------------------------------------------------------------------------
