@@ -2989,7 +2989,7 @@ export async function main(args: string[], io: Io): Promise<number> {
       await writeText(io.stdout, print);
       return 0;
     }
-    [isVerbose, isJson] = [options.verbose, options.json];
+    [isVerbose, isJson] = [options.verbose === true, options.json === true];
     const result = await runFetch(source, { options, io, log });
     if (isJson) await writeText(io.stdout, `${JSON.stringify(result, null, 2)}\n`);
     return 0;
@@ -3059,10 +3059,10 @@ interface CommandOptions {
   output?: string;
   platform?: string;
   protocol: "http" | "https" | "detect";
-  insecure: boolean;
+  insecure?: boolean;
   caFile?: string;
   username?: string;
-  passwordStdin: boolean;
+  passwordStdin?: boolean;
   retries: number;
   timeout: number;
   connections: number;
@@ -3073,12 +3073,12 @@ interface CommandOptions {
   exclude: string[];
   stripComponents: number;
   unpin?: string;
-  list: boolean;
-  dryRun: boolean;
-  json: boolean;
+  list?: boolean;
+  dryRun?: boolean;
+  json?: boolean;
   wheelsFile: string;
-  quiet: boolean;
-  verbose: boolean;
+  quiet?: boolean;
+  verbose?: boolean;
 }
 
 interface CommandLine {
@@ -3092,8 +3092,8 @@ const HELP_AFTER = `
 SOURCE is an image (loci/requirements:master-ubuntu_jammy,
 registry:5000/ns/name@sha256:...), an http(s):// URL of a tarball, a path that
 begins with /, ./ or ../, or, without a network, oci:DIR[:TAG],
-oci-archive:FILE[:TAG] or docker-archive:FILE. Without one, $WHEELS counts; without that, the
-first line of the wheels file.
+oci-archive:FILE[:TAG] or docker-archive:FILE. Without one, $WHEELS counts;
+without that, the first line of the wheels file.
 REGISTRY_USERNAME and REGISTRY_PASSWORD give credentials; without them, those
 of docker login and podman login count. HTTPS_PROXY and NO_PROXY are honoured.
 
@@ -3119,51 +3119,79 @@ function truth(text: string): boolean {
   return /^(?:yes|true|t|1)$/i.test(text);
 }
 
-/** Each option with the environment variable that stands for it, and how to read that. */
-const OPTIONS: { option: Option; env?: string; read?: (text: string) => unknown }[] = [
-  { option: new Option("-d, --dest <dir>", "extract here").default(DEFAULT_DEST), env: "WHEELS_DIR" },
-  { option: new Option("-o, --output <file>", "write the layer's tarball as it is; - is stdout"), env: "WHEELS_DEST" },
-  { option: new Option("--platform <os/arch[/variant]>", "choose this from a multi-platform image") },
-  {
-    option: new Option("--protocol <name>", "how to speak to the registry").choices(["http", "https", "detect"])
-      .default("detect"),
-    env: "REGISTRY_PROTOCOL",
-  },
-  { option: new Option("--insecure", "accept any certificate").default(false), env: "REGISTRY_INSECURE", read: truth },
-  { option: new Option("--ca-file <pem>", "trust these certificates, too"), env: "REGISTRY_CA_FILE" },
-  { option: new Option("--username <name>", "user name for the registry"), env: "REGISTRY_USERNAME" },
-  { option: new Option("--password-stdin", "read its password from stdin").default(false) },
-  { option: new Option("--retries <n>", "tries after a failure that may pass").argParser(wholeNumber).default(5) },
-  {
-    option: new Option("--timeout <seconds>", "give up when no byte came for so long").argParser(wholeNumber).default(
-      30,
-    ),
-  },
-  {
-    option: new Option("--connections <n>", "fetch a large layer over so many").argParser(wholeNumber)
-      .default(DEFAULT_CONNECTIONS),
-  },
-  {
-    option: new Option("--mirror <url>", "ask here first (repeatable)").argParser(collect).default([], "none"),
-    env: "REGISTRY_MIRROR",
-    read: (text) => text.trim().split(/\s+/),
-  },
-  { option: new Option("--cache <dir>", "keep and reuse layers by digest"), env: "FETCH_WHEELS_CACHE" },
-  { option: new Option("--layer <which>", "N (1 is the base), last, or a digest").default("last") },
-  { option: new Option("--include <glob>", "extract only these (repeatable)").argParser(collect).default([], "all") },
-  {
-    option: new Option("--exclude <glob>", "leave these out (repeatable), besides .*").argParser(collect)
-      .default([], "none"),
-  },
-  { option: new Option("--strip-components <n>", "drop so many leading components").argParser(wholeNumber).default(0) },
-  { option: new Option("--unpin <name>", "drop NAME===... from upper-constraints.txt"), env: "PROJECT" },
-  { option: new Option("--list", "print sizes and paths; extract nothing").default(false) },
-  { option: new Option("--dry-run", "resolve; fetch no layer").default(false) },
-  { option: new Option("--json", "print one JSON document").default(false) },
-  { option: new Option("--wheels-file <file>", "where the source is remembered").default(DEFAULT_WHEELS_FILE) },
-  { option: new Option("-q, --quiet", "say nothing but errors").default(false) },
-  { option: new Option("-v, --verbose", "tell of each request").default(false) },
-];
+/** An option with the environment variable that stands for it, and how to read that. */
+interface OptionRow {
+  option: Option;
+  env?: string;
+  read?: (text: string) => unknown;
+}
+
+/** The options in their groups. Made anew for each command line, for commander keeps what it reads in them. */
+function optionGroups(): Record<string, OptionRow[]> {
+  const option = (flags: string, description: string) => new Option(flags, description);
+  const words = (text: string) => text.trim().split(/\s+/);
+  return {
+    "Source:": [
+      { option: option("--platform <os/arch[/variant]>", "choose this from a multi-platform image") },
+      { option: option("--layer <which>", "N (1 is the base), last, or a digest").default("last") },
+      { option: option("--wheels-file <file>", "where the source is remembered").default(DEFAULT_WHEELS_FILE) },
+    ],
+    "Destination:": [
+      { option: option("-d, --dest <dir>", "extract here").default(DEFAULT_DEST), env: "WHEELS_DIR" },
+      { option: option("-o, --output <file>", "write the tarball as it is; - is stdout"), env: "WHEELS_DEST" },
+      { option: option("--include <glob>", "extract only these (repeatable)").argParser(collect).default([], "all") },
+      {
+        option: option("--exclude <glob>", "leave these out, besides .* (repeatable)").argParser(collect).default(
+          [],
+          "none",
+        ),
+      },
+      { option: option("--strip-components <n>", "drop so many leading components").argParser(wholeNumber).default(0) },
+      { option: option("--unpin <name>", "drop NAME===... from upper-constraints.txt"), env: "PROJECT" },
+    ],
+    "Registry:": [
+      { option: option("--username <name>", "user name for the registry"), env: "REGISTRY_USERNAME" },
+      { option: option("--password-stdin", "read its password from stdin") },
+      {
+        option: option("--protocol <name>", "how to speak to it").choices(["http", "https", "detect"]).default(
+          "detect",
+        ),
+        env: "REGISTRY_PROTOCOL",
+      },
+      { option: option("--ca-file <pem>", "trust these certificates, too"), env: "REGISTRY_CA_FILE" },
+      { option: option("--insecure", "accept any certificate"), env: "REGISTRY_INSECURE", read: truth },
+    ],
+    "Network:": [
+      {
+        option: option("--mirror <url>", "ask here first (repeatable)").argParser(collect).default([], "none"),
+        env: "REGISTRY_MIRROR",
+        read: words,
+      },
+      { option: option("--cache <dir>", "keep and reuse layers by digest"), env: "FETCH_WHEELS_CACHE" },
+      {
+        option: option("--connections <n>", "fetch a large layer over so many").argParser(wholeNumber)
+          .default(DEFAULT_CONNECTIONS),
+      },
+      {
+        option: option("--retries <n>", "tries after a failure that may pass").argParser(wholeNumber).default(
+          DEFAULT_RETRIES,
+        ),
+      },
+      {
+        option: option("--timeout <seconds>", "wait so long for a byte").argParser(wholeNumber).default(
+          DEFAULT_TIMEOUT,
+        ),
+      },
+    ],
+    "Output:": [
+      { option: option("--list", "print sizes and paths; extract nothing") },
+      { option: option("--dry-run", "resolve; fetch no layer") },
+      { option: option("--json", "print one JSON document") },
+      { option: option("-q, --quiet", "say nothing but errors") },
+      { option: option("-v, --verbose", "tell of each request") },
+    ],
+  };
+}
 
 function readCommandLine(args: string[], io: Io): CommandLine {
   let print: string | undefined;
@@ -3176,13 +3204,16 @@ function readCommandLine(args: string[], io: Io): CommandLine {
     .addHelpText("after", HELP_AFTER)
     .exitOverride()
     .configureOutput({ writeOut: (text) => print = (print ?? "") + text, writeErr: () => {}, ...PLAIN_OUTPUT });
-  for (const { option, env } of OPTIONS) {
-    if (env !== undefined) option.description = option.description.replace(/(?: \(\$\w+\))?$/, ` ($${env})`);
-    command.addOption(option);
+  const groups = Object.entries(optionGroups());
+  for (const [heading, rows] of groups) {
+    for (const { option, env } of rows) {
+      if (env !== undefined) option.description += ` ($${env})`;
+      command.addOption(option.helpGroup(heading));
+    }
   }
   try {
     command.parse(args, { from: "user" });
-    for (const { option, env, read = (text: string) => text } of OPTIONS) {
+    for (const { option, env, read = (text: string) => text } of groups.flatMap(([, rows]) => rows)) {
       const text = env === undefined ? undefined : io.env(env);
       if (!text || command.getOptionValueSource(option.attributeName()) === "cli") continue;
       if (option.argChoices && !option.argChoices.includes(text)) {
