@@ -405,6 +405,7 @@ async function fetchOnce(source: string, settings: Settings): Promise<FetchResul
   const { bytes, layer, ...origin } = await openSource(parsed, settings);
   const progress: Progress = { received: 0, total: layer?.size ?? undefined, settings };
   const { files, skipped } = await target.receive(watched(bytes, progress), layer);
+  warnOfForeignWheels(files, settings);
   return {
     source,
     ...origin,
@@ -2393,6 +2394,23 @@ function dropPin(file: string, project: string): number {
   });
 }
 
+/** PEP 427: the last part of a wheel's name says what it runs on, often several times over. */
+function warnOfForeignWheels(files: FetchResult["files"], { platform, onProgress }: Settings): void {
+  const wanted = WHEEL_MACHINES.get(platform.architecture) ?? platform.architecture;
+  const foreign = files.map(({ path }) => posix.basename(path)).filter((name) => {
+    const tags = /^[^-]+-[^-]+(?:-\d[^-]*)?-[^-]+-[^-]+-([^-]+)\.whl$/.exec(name)?.[1]?.split(".") ?? ["any"];
+    return !tags.some((tag) => tag === "any" || new RegExp(`^(?:many|musl)?linux.*_${wanted}$`).test(tag));
+  });
+  if (foreign.length === 0) return;
+  const names = foreign.slice(0, 3).map(quote).join(", ") +
+    (foreign.length > 3 ? ` and ${foreign.length - 3} more` : "");
+  const message = `not for ${formatPlatform(platform)}, so the image is built wrongly: ${names}`;
+  onProgress({ type: "warning", message });
+}
+
+/** Architectures in the names that wheels have for them. */
+const WHEEL_MACHINES = new Map([["amd64", "x86_64"], ["arm64", "aarch64"], ["386", "i686"], ["arm", "armv[67]l"]]);
+
 /** What a writer of trees is told. */
 interface Order {
   tree: string;
@@ -3337,7 +3355,7 @@ function progressLog(
 }
 
 function describeResult(result: FetchResult, level: "normal" | "verbose"): string[] {
-  const { files, skipped, dest, output, bytes, seconds } = result;
+  const { files, skipped, dest, output, bytes, seconds, layer } = result;
   const named = level === "verbose" ? skipped : skipped.filter(({ reason }) => reason.startsWith("it is a "));
   const lines = named.map(({ path, reason }) => `left out ${quote(path)}: ${reason}`);
   const wheels = files.filter(({ path }) => path.endsWith(".whl")).length;
@@ -3347,7 +3365,8 @@ function describeResult(result: FetchResult, level: "normal" | "verbose"): strin
     : `${count(wheels, "wheel")}, ${count(files.length - wheels, "other file")}`;
   if (dest === null && output === null) return lines;
   const where = dest ?? (output === "-" ? "stdout" : output);
-  return [...lines, `${what}, ${formatBytes(bytes)} in ${seconds.toFixed(1)} s, to ${where}`];
+  const origin = layer === null ? "" : ` from ${layer.digest}`;
+  return [...lines, `${what}, ${formatBytes(bytes)} in ${seconds.toFixed(1)} s, to ${where}${origin}`];
 }
 
 function formatBytes(bytes: number): string {

@@ -3732,6 +3732,56 @@ Deno.test("the bundle runs with an empty cache and no package registry", async (
   assert.deepEqual(contents(scratch.at("dest")), GOOD_CONTENTS);
 });
 
+Deno.test("a wheel for another machine is warned of, for its image is built wrongly", async (t) => {
+  const table: [name: string, platform: string, isForeign: boolean][] = [
+    ["a-1-py3-none-any.whl", "linux/amd64", false],
+    ["a-1-cp312-cp312-manylinux_2_17_x86_64.manylinux2014_x86_64.whl", "linux/amd64", false],
+    ["a-1-cp312-cp312-manylinux_2_17_x86_64.manylinux2014_x86_64.whl", "linux/arm64", true],
+    ["a-1-1build-cp312-cp312-linux_aarch64.whl", "linux/arm64/v8", false],
+    ["a-1-1build-cp312-cp312-linux_aarch64.whl", "linux/amd64", true],
+    ["a-1-cp312-cp312-musllinux_1_1_armv7l.whl", "linux/arm/v7", false],
+    ["a-1-cp312-cp312-win_amd64.whl", "linux/amd64", true],
+    ["a-1-cp312-cp312-linux_s390x.whl", "linux/s390x", false],
+    ["no wheel's name.whl", "linux/amd64", false],
+  ];
+  for (const [name, platform, isForeign] of table) {
+    await t.step(`${name} ${platform}`, async () => {
+      using scratch = new Scratch();
+      const source = scratch.at("layer.tar", await makeTar([{ name: `sub/${name}`, data: "wheel" }]));
+      const { code, stderr } = await run(["--platform", platform, "-d", scratch.at("dest"), source]);
+      assert.deepEqual([code, /warning: not for .*built wrongly/.test(stderr)], [0, isForeign], stderr);
+    });
+  }
+});
+
+const hasPip = isInstalled("python3") &&
+  new Deno.Command("python3", { args: ["-m", "pip", "--version"], stdout: "null", stderr: "null" }).outputSync()
+    .success;
+
+Deno.test({
+  name: `pip installs what came out of a registry${hasPip ? "" : " (needs: apt-get install -y python3-pip)"}`,
+  ignore: !hasPip,
+  async fn() {
+    const { filename, bytes } = makeWheel({ name: "fetched-package", version: "1.5", body: "answer = 42\n" });
+    const constraints = { name: "upper-constraints.txt", data: "fetched-package===1.5\n" };
+    const layer = gzip(await makeTar([{ name: filename, data: bytes }, constraints]));
+    await using registry = serveImage({ auth: "bearer", storage: true }, makeImage({ layers: [BASE, layer] }));
+    using scratch = new Scratch();
+    const dest = scratch.at("dest");
+    await fetchWheels(`${registry.host}/ns/wheels:1.0`, { dest, platform: "linux/amd64", protocol: "http" });
+    const options = ["--no-index", "--find-links", dest, "-c", join(dest, "upper-constraints.txt")];
+    const python = async (...args: string[]) => {
+      const env = { PYTHONPATH: scratch.at("site"), PIP_CONFIG_FILE: "/dev/null", PIP_ROOT_USER_ACTION: "ignore" };
+      const { success, stdout, stderr } = await new Deno.Command("python3", { args, env }).output();
+      assert(success, new TextDecoder().decode(stderr));
+      return new TextDecoder().decode(stdout).trim();
+    };
+    const target = ["--target", scratch.at("site"), "--no-cache-dir", "--disable-pip-version-check"];
+    await python("-m", "pip", "install", "--quiet", ...options, ...target, "fetched-package");
+    assert.equal(await python("-c", "import fetched_package; print(fetched_package.answer)"), "42");
+  },
+});
+
 // ---------------------------------------------------------------------------------------------------------------------
 // A real registry
 // ---------------------------------------------------------------------------------------------------------------------
