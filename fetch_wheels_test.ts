@@ -3250,7 +3250,7 @@ Deno.test("--quiet says nothing, --verbose tells of requests, else a line a step
   assert.equal(quiet?.stderr, "");
   assert.match(normal?.stderr ?? "", /sha256:[0-9a-f]{64}/);
   assert.match(normal?.stderr ?? "", /tty/);
-  assert.match(normal?.lines.at(-1) ?? "", /\/0|\/1$/);
+  assert.match(normal?.lines.at(-1) ?? "", /\/1 from sha256:[0-9a-f]{64}$/);
   assert(!normal?.stderr.includes("/v2/"));
   assert.match(verbose?.stderr ?? "", /\/v2\/ns\/wheels\/manifests\/1\.0/);
   assert.match(verbose?.stderr ?? "", /\/v2\/ns\/wheels\/blobs\/sha256:/);
