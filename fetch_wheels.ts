@@ -255,6 +255,11 @@ export interface FetchWheelsOptions {
    * @default {0}
    */
   stripComponents?: number;
+  /**
+   * Replace DEST instead of adding to it.
+   * @default {false}
+   */
+  clean?: boolean;
   /** Project whose `NAME===…` is dropped from `upper-constraints.txt`. */
   unpin?: string;
   /** Only tell what the layer holds, in `files` and by `member` events. */
@@ -427,7 +432,7 @@ interface Settings extends
       "dest" | "protocol" | "insecure" | "retries" | "timeout" | "connections" | "signal" | "fetch" | "delay" | "now"
     >
   >,
-  Pick<FetchWheelsOptions, "output" | "unpin" | "list" | "dryRun" | "cache" | "workerUrl">,
+  Pick<FetchWheelsOptions, "output" | "clean" | "unpin" | "list" | "dryRun" | "cache" | "workerUrl">,
   Disposable {
   platform: Platform;
   layer: string;
@@ -453,7 +458,7 @@ function settle(options: FetchWheelsOptions): Settings {
     throw usage("use layer", layer, "it is no place from 1 on, not last, and no digest");
   }
   if (!Number.isInteger(strip) || strip < 0) throw usage("use", String(strip), "it is no number of components");
-  const { unpin, list, dryRun } = options;
+  const { clean, unpin, list, dryRun } = options;
   const platform = options.platform === undefined ? hostPlatform() : parsePlatform(options.platform);
   const credentials = givenCredentials(options);
   const mirrors = (options.mirrors ?? []).map(parseMirror);
@@ -473,6 +478,7 @@ function settle(options: FetchWheelsOptions): Settings {
       connections,
       mirrors,
       layer,
+      clean,
       unpin,
       list,
       dryRun,
@@ -2270,14 +2276,15 @@ class StagedTree implements Target {
   #isPublished = false;
 
   constructor(settings: Settings) {
-    const { dest } = settings;
+    const { dest, clean } = settings;
     const exists = onDisk("use", dest, () => {
       const stat = fs.statSync(dest, { throwIfNoEntry: false });
       if (stat !== undefined && !stat.isDirectory()) throw occupied(dest, "it is no directory");
       return stat !== undefined;
     });
     [this.#dest, this.#settings] = [dest, settings];
-    const [place, name] = exists ? [dest, ""] : [dirname(dest), basename(dest)];
+    const isBeside = !exists || clean && onDisk("use", dest, () => canBeSwapped(dest));
+    const [place, name] = isBeside ? [dirname(dest), basename(dest)] : [dest, ""];
     this.#root = join(place, stagingName(name));
     this.#tree = join(this.#root, "new");
     this.#made = onDisk("create", dest, () => fs.mkdirSync(place, { recursive: true }));
@@ -2306,21 +2313,46 @@ class StagedTree implements Target {
   }
 
   #publish(entries: Entries): void {
-    if (!this.#root.startsWith(join(this.#dest, "/")) && this.#renameTree()) return;
-    const order = ([path, { kind }]: [string, { kind: string }]) =>
-      kind === "directory" ? 0 : path.endsWith(".txt") ? 2 : 1;
+    const isBeside = !this.#root.startsWith(join(this.#dest, "/"));
     const undo: (() => void)[] = [];
+    if (this.#settings.clean && fs.existsSync(this.#dest)) this.#putAside(isBeside, undo);
     try {
-      // Constraints last: what reads them may then count on the wheels.
-      for (const [path, { kind }] of [...entries].sort((a, b) => order(a) - order(b))) {
-        const target = join(this.#dest, path);
-        onDisk("publish", target, () => undo.push(this.#place(path, target, kind === "directory")));
-      }
+      if (isBeside && this.#renameTree()) return;
+      this.#placeAll(entries, undo);
     } catch (error) {
       undo.reverse().forEach((step) => step());
       throw error;
     }
     this.#isPublished = true;
+  }
+
+  /** What `--clean` replaces: DEST as a whole where that can be renamed, else all that is in it but staging. */
+  #putAside(isBeside: boolean, undo: (() => void)[]): void {
+    const old = join(this.#root, "old");
+    const move = (from: string, to: string) => {
+      onDisk("replace", from, () => fs.renameSync(from, to));
+      undo.push(() => fs.renameSync(to, from));
+    };
+    if (isBeside) return move(this.#dest, old);
+    onDisk("create", old, () => fs.mkdirSync(old));
+    const names = onDisk("read", this.#dest, () => fs.readdirSync(this.#dest));
+    const others = names.filter((name) => !name.startsWith(stagingPrefix("")));
+    try {
+      others.forEach((name) => move(join(this.#dest, name), join(old, name)));
+    } catch (error) {
+      undo.reverse().forEach((step) => step());
+      throw error;
+    }
+  }
+
+  #placeAll(entries: Entries, undo: (() => void)[]): void {
+    const order = ([path, { kind }]: [string, { kind: string }]) =>
+      kind === "directory" ? 0 : path.endsWith(".txt") ? 2 : 1;
+    // Constraints last: what reads them may then count on the wheels.
+    for (const [path, { kind }] of [...entries].sort((a, b) => order(a) - order(b))) {
+      const target = join(this.#dest, path);
+      onDisk("publish", target, () => undo.push(this.#place(path, target, kind === "directory")));
+    }
   }
 
   /** The quick way, where DEST is not there: one rename. False if it is there by now. */
@@ -2370,6 +2402,19 @@ class StagedTree implements Target {
       if (fs.readdirSync(made).length > 0) return;
       onDisk("remove", made, () => fs.rmdirSync(made));
     }
+  }
+}
+
+/** Neither a link nor a mount point, in a directory that may be written to: one rename can take it away. */
+function canBeSwapped(dest: string): boolean {
+  const [there, parent] = [fs.lstatSync(dest), fs.statSync(dirname(dest))];
+  if (!there.isDirectory() || there.dev !== parent.dev) return false;
+  try {
+    fs.accessSync(dirname(dest), fs.constants.W_OK);
+    return true;
+  } catch (error) {
+    if (error instanceof Deno.errors.NotCapable || (error as NodeJS.ErrnoException).code === "EACCES") return false;
+    throw error;
   }
 }
 
@@ -3090,6 +3135,7 @@ interface CommandOptions {
   include: string[];
   exclude: string[];
   stripComponents: number;
+  clean?: boolean;
   unpin?: string;
   list?: boolean;
   dryRun?: boolean;
@@ -3165,6 +3211,7 @@ function optionGroups(): Record<string, OptionRow[]> {
         ),
       },
       { option: option("--strip-components <n>", "drop so many leading components").argParser(wholeNumber).default(0) },
+      { option: option("--clean", "replace DEST instead of adding to it") },
       { option: option("--unpin <name>", "drop NAME===... from upper-constraints.txt"), env: "PROJECT" },
     ],
     "Registry:": [
@@ -3290,7 +3337,7 @@ async function fetchOptions(options: CommandOptions, io: Io): Promise<FetchWheel
       cache,
     },
     ...{ layer: options.layer, include: options.include, exclude: options.exclude, unpin: options.unpin },
-    ...{ stripComponents: options.stripComponents, list: options.list, dryRun: options.dryRun },
+    ...{ stripComponents: options.stripComponents, clean: options.clean, list: options.list, dryRun: options.dryRun },
     authFiles: authFiles(io),
     output: output === "-" || output === "/dev/stdout" ? io.stdout : output,
   };

@@ -3732,6 +3732,33 @@ Deno.test("the bundle runs with an empty cache and no package registry", async (
   assert.deepEqual(contents(scratch.at("dest")), GOOD_CONTENTS);
 });
 
+Deno.test("--clean replaces DEST, or leaves it as it is", async (t) => {
+  for (const kind of ["a directory", "a link to one"]) {
+    await t.step(kind, async () => {
+      using scratch = new Scratch();
+      scratch.at("real/old.whl", "old");
+      scratch.at("real/sub/b.txt", "old");
+      const dest = kind === "a directory" ? scratch.at("real") : scratch.at("link");
+      if (kind !== "a directory") Deno.symlinkSync("real", dest);
+      const good = scratch.at("good.tar", await makeTar(GOOD));
+      const bad = scratch.at("bad.tar", tarOf(file("../evil")));
+      const before = snapshot(scratch.path);
+      await assertFails(fetchWheels(bad, { dest, clean: true }), "unsafe");
+      assert.deepEqual(snapshot(scratch.path), before);
+      const { code, stderr } = await run(["--clean", "-d", dest, good]);
+      assert.equal(code, 0, stderr);
+      assert.deepEqual(contents(scratch.at("real")), GOOD_CONTENTS);
+      const beside = kind === "a directory" ? ["bad.tar", "good.tar", "real"] : ["bad.tar", "good.tar", "link", "real"];
+      assert.deepEqual([...Deno.readDirSync(scratch.path)].map(({ name }) => name).sort(), beside);
+    });
+  }
+  await t.step("a DEST that is not there", async () => {
+    using scratch = new Scratch();
+    await fetchWheels(scratch.at("good.tar", await makeTar(GOOD)), { dest: scratch.at("dest"), clean: true });
+    assert.deepEqual(contents(scratch.at("dest")), GOOD_CONTENTS);
+  });
+});
+
 Deno.test("a wheel for another machine is warned of, for its image is built wrongly", async (t) => {
   const table: [name: string, platform: string, isForeign: boolean][] = [
     ["a-1-py3-none-any.whl", "linux/amd64", false],
