@@ -74,6 +74,8 @@ const PARALLEL_FROM_BYTES = 32 * 1024 * 1024;
 const RANGE_BYTES = 4 * 1024 * 1024;
 /** Below this a second thread takes longer to start than it saves. */
 const WORKER_FROM_BYTES = 128 * 1024 * 1024;
+/** Often enough to look alive, and seldom enough to cost nothing. */
+const REDRAW_MS = 100;
 const CONSTRAINTS = "upper-constraints.txt";
 const WORKER_NAME = "fetch_wheels extraction";
 const BATCH_BYTES = 512 * 1024;
@@ -230,6 +232,7 @@ export type ProgressEvent =
   | { type: "member"; path: string; size: number }
   | { type: "cached"; digest: string; size: number }
   | { type: "bytes"; received: number; total?: number }
+  | { type: "extracted"; members: number }
   | { type: "warning"; message: string };
 
 /** How `fetchWheels` goes about it. */
@@ -2298,8 +2301,9 @@ class StagedTree implements Target {
     const { choice, unpin, workerUrl } = this.#settings;
     const url = (layer?.size ?? 0) < WORKER_FROM_BYTES ? undefined : workerUrl;
     const order: Order = { tree: this.#tree, choice };
+    const tell = (members: number) => this.#settings.onProgress({ type: "extracted", members });
     const { entries, skipped } =
-      await (url === undefined ? extractTo(order, bytes) : extractInWorker(order, { bytes, url }));
+      await (url === undefined ? extractTo(order, { bytes, tell }) : extractInWorker(order, { bytes, url, tell }));
     if (unpin !== undefined && entries.get(CONSTRAINTS)?.kind === "file") {
       entries.set(CONSTRAINTS, { kind: "file", size: dropPin(join(this.#tree, CONSTRAINTS), unpin) });
     }
@@ -2471,9 +2475,15 @@ interface Extracted {
   skipped: FetchResult["skipped"];
 }
 
-async function extractTo({ tree, choice }: Order, bytes: AsyncIterable<Uint8Array>): Promise<Extracted> {
+async function extractTo(
+  { tree, choice }: Order,
+  { bytes, tell }: { bytes: AsyncIterable<Uint8Array>; tell: (members: number) => void },
+): Promise<Extracted> {
   const writer = new TreeWriter(tree);
-  for await (const member of tarMembers(decompress(bytes), choice)) await writer.add(member);
+  for await (const member of tarMembers(decompress(bytes), choice)) {
+    await writer.add(member);
+    tell(writer.entries.size);
+  }
   writer.makeSymlinks();
   return { entries: writer.entries, skipped: writer.skipped };
 }
@@ -2561,7 +2571,11 @@ class TreeWriter {
 
 /** What passes between the threads: a directory, batches of bytes, and their end; a word for each batch, and the outcome. */
 type ToWorker = { order: Order } | { batch: Uint8Array<ArrayBuffer>[] } | "end" | "stop";
-type FromWorker = "taken" | { extracted: Extracted } | { error: Pick<FetchWheelsError, "kind" | "message" | "hint"> };
+type FromWorker = "taken" | { members: number } | { extracted: Extracted } | {
+  error: Pick<FetchWheelsError, "kind" | "message" | "hint">;
+};
+
+type Outcome = Exclude<FromWorker, "taken" | { members: number }>;
 
 /**
  * The same in a thread of its own: Deno inflates on the thread that asks for it, and this one has the network to read and
@@ -2569,18 +2583,19 @@ type FromWorker = "taken" | { extracted: Extracted } | { error: Pick<FetchWheels
  */
 async function extractInWorker(
   order: Order,
-  { bytes, url }: { bytes: AsyncIterable<Uint8Array>; url: string },
+  { bytes, url, tell }: { bytes: AsyncIterable<Uint8Array>; url: string; tell: (members: number) => void },
 ): Promise<Extracted> {
   const worker = new Worker(url, { type: "module", name: WORKER_NAME });
   const post = (message: ToWorker, transfer: ArrayBuffer[] = []) => worker.postMessage(message, transfer);
-  const outcome = Promise.withResolvers<Exclude<FromWorker, "taken">>();
+  const outcome = Promise.withResolvers<Outcome>();
   let [ahead, isOver, word] = [0, false, Promise.withResolvers<void>()];
-  const over = (how: Exclude<FromWorker, "taken">) => {
+  const over = (how: Outcome) => {
     isOver = true;
     outcome.resolve(how);
   };
   worker.onmessage = ({ data }: MessageEvent<FromWorker>) => {
     if (data === "taken") ahead--;
+    else if ("members" in data) return tell(data.members);
     else over(data);
     word.resolve();
   };
@@ -2642,7 +2657,8 @@ async function serveExtraction(): Promise<void> {
   const first = await next();
   if (typeof first === "string" || !("order" in first)) return;
   try {
-    port.postMessage({ extracted: await extractTo(first.order, received()) });
+    const tell = (members: number) => port.postMessage({ members });
+    port.postMessage({ extracted: await extractTo(first.order, { bytes: received(), tell }) });
   } catch (thrown) {
     const error = explain(thrown);
     const [kind, hint] = error instanceof FetchWheelsError ? [error.kind, error.hint] : ["internal" as const];
@@ -3032,6 +3048,8 @@ export interface Io {
   stderr(text: string): void;
   /** As in `FetchWheelsOptions`. */
   workerUrl?: string;
+  /** Width of the terminal that stderr is, asked for each time it is needed; undefined where it is none. */
+  columns?(): number | undefined;
   /** Stops everything; its reason may be a `FetchWheelsError` that says why. */
   signal?: AbortSignal;
 }
@@ -3044,7 +3062,11 @@ export interface Io {
  * @returns Exit code
  */
 export async function main(args: string[], io: Io): Promise<number> {
-  const log = (text: string) => io.stderr(`fetch_wheels: ${oneLine(text)}\n`);
+  const bar = new ProgressBar(args.includes("--no-progress") ? { ...io, columns: () => undefined } : io);
+  const log = (text: string) => {
+    bar.clear();
+    io.stderr(`fetch_wheels: ${oneLine(text)}\n`);
+  };
   let [isVerbose, isJson] = [args.includes("-v") || args.includes("--verbose"), args.includes("--json")];
   try {
     const { source, options, print } = readCommandLine(args, io);
@@ -3053,10 +3075,11 @@ export async function main(args: string[], io: Io): Promise<number> {
       return 0;
     }
     [isVerbose, isJson] = [options.verbose === true, options.json === true];
-    const result = await runFetch(source, { options, io, log });
+    const result = await runFetch(source, { options, io, log, bar });
     if (isJson) await writeText(io.stdout, `${JSON.stringify(result, null, 2)}\n`);
     return 0;
   } catch (error) {
+    bar.clear();
     if (error === PIPE_CLOSED) return 0; // whoever read the list has seen enough
     const code = reportError(error, log, isVerbose);
     if (isJson) await writeText(io.stdout, `${JSON.stringify(errorDocument(error), null, 2)}\n`);
@@ -3068,7 +3091,7 @@ const PIPE_CLOSED = new DOMException("the pipe is closed", "AbortError");
 
 async function runFetch(
   source: string | undefined,
-  { options, io, log }: { options: CommandOptions; io: Io; log: (text: string) => void },
+  { options, io, log, bar }: { options: CommandOptions; io: Io; log: (text: string) => void; bar: ProgressBar },
 ): Promise<FetchResult> {
   const given = await fetchOptions(options, io);
   const text = source ?? (io.env("WHEELS") || readWheelsFile(options.wheelsFile));
@@ -3078,12 +3101,14 @@ async function runFetch(
   const signal = AbortSignal.any([pipe.signal, ...(io.signal ? [io.signal] : [])]);
   let printed = Promise.resolve();
   const onProgress = (event: ProgressEvent) => {
+    if (level !== "quiet" && !options.list) bar.update(event);
     if (event.type !== "member" || options.json) return tell(event);
     const line = `${String(event.size).padStart(12)}  ${oneLine(event.path)}\n`;
     printed = printed.then(() => writeText(io.stdout, line)).catch(() => pipe.abort(PIPE_CLOSED));
   };
   const result = await fetchWheels(text, { ...given, workerUrl: io.workerUrl, signal, onProgress });
   await printed;
+  bar.clear();
   const isRemembered = result.dest !== null || result.output !== null;
   if (isRemembered && (source !== undefined || io.env("WHEELS"))) rememberSource(text, options.wheelsFile, log);
   if (level !== "quiet") describeResult(result, level).forEach(log);
@@ -3252,6 +3277,7 @@ function optionGroups(): Record<string, OptionRow[]> {
       { option: option("--list", "print sizes and paths; extract nothing") },
       { option: option("--dry-run", "resolve; fetch no layer") },
       { option: option("--json", "print one JSON document") },
+      { option: option("--no-progress", "no progress bar on a terminal") },
       { option: option("-q, --quiet", "say nothing but errors") },
       { option: option("-v, --verbose", "tell of each request") },
     ],
@@ -3395,10 +3421,51 @@ function progressLog(
       case "cached":
         return log(`${event.digest}, ${formatBytes(event.size)}, comes from the cache`);
       case "bytes":
+      case "extracted":
       case "member":
         return;
     }
   };
+}
+
+/** One line on a terminal that is drawn again and again, and gone when something else is said. */
+class ProgressBar {
+  readonly #io: Pick<Io, "columns" | "stderr">;
+  readonly #started = performance.now();
+  #received = 0;
+  #total: number | undefined;
+  #members = 0;
+  #drawn = -Infinity;
+  #isShown = false;
+
+  constructor(io: Pick<Io, "columns" | "stderr">) {
+    this.#io = io;
+  }
+
+  update(event: ProgressEvent): void {
+    if (event.type === "bytes") [this.#received, this.#total] = [event.received, event.total];
+    else if (event.type === "extracted") this.#members = event.members;
+    else return;
+    const [columns, now] = [this.#io.columns?.(), performance.now()];
+    if (columns === undefined || now - this.#drawn < REDRAW_MS) return;
+    [this.#drawn, this.#isShown] = [now, true];
+    // Not into the last column: there, some terminals begin a new line.
+    this.#io.stderr(`\r${this.#line(now).slice(0, Math.max(0, columns - 1))}\x1b[K`);
+  }
+
+  #line(now: number): string {
+    const speed = this.#received / Math.max(1, now - this.#started) * 1000;
+    const total = this.#total ?? 0;
+    const share = total > 0 ? `${Math.floor(100 * this.#received / total)} %`.padStart(5) : "";
+    const size = `${formatBytes(this.#received)}${total > 0 ? ` of ${formatBytes(total)}` : ""}`;
+    const left = total > 0 && speed > 0 ? `, ${Math.ceil((total - this.#received) / speed)} s left` : "";
+    return `fetch_wheels: ${share} ${size}, ${formatBytes(speed)}/s${left}, ${this.#members} members`;
+  }
+
+  clear(): void {
+    if (this.#isShown) this.#io.stderr("\r\x1b[K");
+    this.#isShown = false;
+  }
 }
 
 function describeResult(result: FetchResult, level: "normal" | "verbose"): string[] {
@@ -3454,6 +3521,7 @@ if (isWorker()) {
     stdin: Deno.stdin.readable,
     stdout: Deno.stdout.writable,
     stderr: sayOnStderr,
+    columns: () => Deno.stderr.isTerminal() ? Deno.consoleSize().columns : undefined,
     workerUrl: import.meta.url,
     signal: controller.signal,
   });

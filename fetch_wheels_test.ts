@@ -3759,6 +3759,39 @@ Deno.test("--clean replaces DEST, or leaves it as it is", async (t) => {
   });
 });
 
+Deno.test("progress is one line of the terminal's width, on a terminal only, and gone in the end", async (t) => {
+  await using registry = startRegistry();
+  const reference = serveLayer(registry, gzip(await makeTar([{ name: "a.whl", data: randomBytes(1 << 20) }])));
+  const table: [columns: number | undefined, flags: string[], isShown: boolean][] = [
+    [80, [], true],
+    [20, [], true],
+    [undefined, [], false],
+    [80, ["--no-progress"], false],
+    [80, ["-q"], false],
+  ];
+  for (const [columns, flags, isShown] of table) {
+    await t.step(JSON.stringify([columns, ...flags]), async () => {
+      using scratch = new Scratch();
+      const said: string[] = [];
+      const code = await main([...flags, "--protocol", "http", "-d", scratch.at("dest"), reference], {
+        env: () => undefined,
+        stdin: new Blob([]).stream(),
+        stdout: new WritableStream(),
+        stderr: (text) => void said.push(text),
+        columns: () => columns,
+      });
+      assert.equal(code, 0, said.join(""));
+      // deno-lint-ignore no-control-regex -- what moves the cursor is what it is about
+      const drawn = said.filter((text) => /^\r.+\x1b\[K$/.test(text));
+      assert.equal(drawn.length > 0, isShown, JSON.stringify(said));
+      for (const text of drawn) assert(text.length - 4 < (columns ?? 0), text);
+      if (columns === 80 && isShown) assert.match(drawn[0] ?? "", /\d % .* of 1\.0 MB, .*\/s, \d+ s left, \d members/);
+      if (isShown) assert.equal(said.at(-2), "\r\x1b[K");
+      assert(flags.includes("-q") || said.at(-1)?.endsWith("\n"), JSON.stringify(said));
+    });
+  }
+});
+
 Deno.test("a wheel for another machine is warned of, for its image is built wrongly", async (t) => {
   const table: [name: string, platform: string, isForeign: boolean][] = [
     ["a-1-py3-none-any.whl", "linux/amd64", false],
