@@ -26,10 +26,10 @@
  *  3   Transport      one request: TLS, proxy, timeouts, retries, redirects followed by hand
  *  4   Auth           a 401's challenges to an Authorization header
  *  5   Manifest       tag to index to manifest to layer descriptor, each body checked against its digest
- *  6   Layer          the blob's verified bytes, decompressed
+ *  6   Layer          the blob's verified bytes (whole, resumed, in parallel ranges, kept in a cache), decompressed
  *  7   Tar            members, made safe
  *  8   Disk           staging, publishing, cleaning up
- *  9   Sources        the same bytes from a URL or a file
+ *  9   Sources        the same bytes from a URL, a file, an OCI layout or an archive
  * 10   Command line   options, help, output, exit code
  *
  * @module
@@ -2806,7 +2806,7 @@ const DISK_STATES: Record<string, string> = {
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 9 Sources: the same bytes from a registry, a URL or a file.
+// 9 Sources: the same bytes from a registry, a URL, a file, an OCI layout or an archive.
 // ---------------------------------------------------------------------------------------------------------------------
 
 /** What a source's text means. */
