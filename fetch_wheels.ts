@@ -3089,6 +3089,10 @@ export async function main(args: string[], io: Io): Promise<number> {
 
 const PIPE_CLOSED = new DOMException("the pipe is closed", "AbortError");
 
+function isPipeClosed(error: unknown): boolean {
+  return error instanceof FetchWheelsError && (error.cause as NodeJS.ErrnoException).code === "EPIPE";
+}
+
 async function runFetch(
   source: string | undefined,
   { options, io, log, bar }: { options: CommandOptions; io: Io; log: (text: string) => void; bar: ProgressBar },
@@ -3104,10 +3108,13 @@ async function runFetch(
     if (level !== "quiet" && !options.list) bar.update(event);
     if (event.type !== "member" || options.json) return tell(event);
     const line = `${String(event.size).padStart(12)}  ${oneLine(event.path)}\n`;
-    printed = printed.then(() => writeText(io.stdout, line)).catch(() => pipe.abort(PIPE_CLOSED));
+    printed = printed.then(() => writeText(io.stdout, line)).catch((error) =>
+      pipe.abort(isPipeClosed(error) ? PIPE_CLOSED : error)
+    );
   };
   const result = await fetchWheels(text, { ...given, workerUrl: io.workerUrl, signal, onProgress });
   await printed;
+  pipe.signal.throwIfAborted();
   bar.clear();
   const isRemembered = result.dest !== null || result.output !== null;
   if (isRemembered && (source !== undefined || io.env("WHEELS"))) rememberSource(text, options.wheelsFile, log);

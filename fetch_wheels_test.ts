@@ -3708,13 +3708,16 @@ Deno.test("--list and --dry-run look, and touch nothing; --json says it in one d
   }
 });
 
-Deno.test("--list ends quietly when its reader goes away", async () => {
+Deno.test("--list ends quietly when its reader goes away, and not when the disk is full", async () => {
   using scratch = new Scratch();
   const members = Array.from({ length: 5000 }, (_, at) => ({ name: `${"n".repeat(80)}${at}`, data: "x" }));
   const source = scratch.at("layer.tar", await makeTar(members));
   const through = ["bash", "-c", '"$@" | head -n 1 >/dev/null; exit "${PIPESTATUS[0]}"', "bash"];
   const { code, stderr } = await runDeno(["run", ...PERMISSIONS, PROGRAM, "--list", source], { through });
   assert.deepEqual([code, stderr], [0, ""]);
+  const full = ["bash", "-c", 'exec "$@" >/dev/full', "bash"];
+  const failed = await runDeno(["run", ...PERMISSIONS, PROGRAM, "--list", source], { through: full });
+  assert.equal(failed.code, 8, failed.stderr);
 });
 
 Deno.test("the bundle runs with an empty cache and no package registry", async () => {
