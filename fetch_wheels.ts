@@ -385,7 +385,8 @@ export interface FetchResult {
  * );
  * ```
  *
- * @param source Image reference, `http(s)://` URL of a tarball, or a path that begins with `/`, `./` or `../`
+ * @param source Image reference, `http(s)://` URL of a tarball, a path that begins with `/`, `./` or `../`, or
+ * `oci:DIR[:TAG]`, `oci-archive:FILE[:TAG]`, `docker-archive:FILE`
  * @param options How to go about it
  * @returns What was fetched, from where, and the files that are there now
  * @throws {FetchWheelsError} of each kind but `internal`; `dest` is then as it was
@@ -471,21 +472,8 @@ function settle(options: FetchWheelsOptions): Settings {
   return {
     dest: resolvePath(options.dest || DEFAULT_DEST),
     output: options.output,
-    ...{
-      platform,
-      protocol,
-      insecure,
-      credentials,
-      retries,
-      timeout,
-      connections,
-      mirrors,
-      layer,
-      clean,
-      unpin,
-      list,
-      dryRun,
-    },
+    ...{ platform, protocol, insecure, credentials, retries, timeout, connections, mirrors, layer },
+    ...{ clean, unpin, list, dryRun },
     choice: { include, exclude, strip },
     cache: options.cache === undefined ? undefined : resolvePath(options.cache),
     isFresh: false,
@@ -1001,9 +989,14 @@ async function askWhole(
 }
 
 async function readAll(exchange: Exchange, limit: number, settings: Settings): Promise<Uint8Array | undefined> {
+  return await gather(bodyOf(exchange, settings), limit);
+}
+
+/** All of these bytes, or undefined where there are more than so many. */
+async function gather(bytes: AsyncIterable<Uint8Array>, limit: number): Promise<Uint8Array | undefined> {
   const chunks: Uint8Array[] = [];
   let size = 0;
-  for await (const chunk of bodyOf(exchange, settings)) {
+  for await (const chunk of bytes) {
     size += chunk.length;
     if (size > limit) return undefined;
     chunks.push(chunk);
@@ -1391,9 +1384,13 @@ function refreshForm({ searchParams }: URL, refreshToken: string): string {
 
 // deno-lint-ignore no-explicit-any -- what others send may be anything, and is looked at field by field
 function parseJson(bytes: Uint8Array | undefined): Record<string, any> | undefined {
+  const value = parseValue(bytes);
+  return typeof value === "object" && value !== null && !Array.isArray(value) ? value : undefined;
+}
+
+function parseValue(bytes: Uint8Array | undefined): unknown {
   try {
-    const value = JSON.parse(new TextDecoder("utf-8", { fatal: true }).decode(bytes ?? new Uint8Array()));
-    return typeof value === "object" && value !== null && !Array.isArray(value) ? value : undefined;
+    return JSON.parse(new TextDecoder("utf-8", { fatal: true }).decode(bytes ?? new Uint8Array()));
   } catch {
     return undefined; // the caller says what it is that is no JSON
   }
@@ -1895,7 +1892,7 @@ class PartialBlob implements Disposable {
     const path = `${blob}.part`;
     try {
       fs.mkdirSync(dirname(path), { recursive: true });
-      const file = tryLock(path, { create: true });
+      const file = tryLock(path, "any");
       if (typeof file === "string") return undefined; // someone else is fetching it, and will keep it
       // Its last owner may have published it between opening and locking: then this is the finished blob.
       if (fs.statSync(path, { throwIfNoEntry: false })?.ino === file.statSync().ino) {
@@ -2247,21 +2244,19 @@ function sweep(directory: string, prefix: string): void {
   for (const name of fs.readdirSync(directory)) {
     if (!name.startsWith(prefix) || !/^\d+-[0-9a-f]{8}$/.test(name.slice(prefix.length))) continue;
     const path = join(directory, name);
-    const isOld = () => Date.now() - (fs.statSync(path, { throwIfNoEntry: false })?.mtimeMs ?? Date.now()) > YOUNG_MS;
-    const lock = tryLock(
-      fs.statSync(path, { throwIfNoEntry: false })?.isDirectory() ? join(path, LOCK_NAME) : path,
-      {},
-    );
-    if (lock === "locked" || lock === "missing" && !isOld()) continue;
+    const stat = fs.statSync(path, { throwIfNoEntry: false });
+    if (stat === undefined) continue;
+    const lock = tryLock(stat.isDirectory() ? join(path, LOCK_NAME) : path, "existing");
+    if (lock === "locked" || lock === "missing" && Date.now() - stat.mtimeMs < YOUNG_MS) continue;
     fs.rmSync(path, { recursive: true, force: true });
     if (typeof lock === "object") lock.close();
   }
 }
 
 /** Opens a file and takes its lock, which lasts as long as the file is open. Locks hold between containers, too. */
-function tryLock(path: string, { create = false }: { create?: boolean }): Deno.FsFile | "locked" | "missing" {
-  if (!create && !fs.existsSync(path)) return "missing";
-  const file = Deno.openSync(path, { read: true, write: true, create });
+function tryLock(path: string, which: "existing" | "any"): Deno.FsFile | "locked" | "missing" {
+  if (which === "existing" && !fs.existsSync(path)) return "missing";
+  const file = Deno.openSync(path, { read: true, write: true, create: which === "any" });
   if (file.tryLockSync(true)) return file;
   file.close();
   return "locked";
@@ -2276,6 +2271,8 @@ class StagedTree implements Target {
   /** The topmost directory that had to be made for the staging directory, if any. */
   readonly #made: string | undefined;
   readonly #lock: Deno.FsFile | undefined;
+  /** Whether staging is beside DEST, which then comes to be by one rename, or in it. */
+  readonly #isBeside: boolean;
   #isPublished = false;
 
   constructor(settings: Settings) {
@@ -2286,8 +2283,8 @@ class StagedTree implements Target {
       return stat !== undefined;
     });
     [this.#dest, this.#settings] = [dest, settings];
-    const isBeside = !exists || clean && onDisk("use", dest, () => canBeSwapped(dest));
-    const [place, name] = isBeside ? [dirname(dest), basename(dest)] : [dest, ""];
+    this.#isBeside = !exists || clean === true && onDisk("use", dest, () => canBeSwapped(dest));
+    const [place, name] = this.#isBeside ? [dirname(dest), basename(dest)] : [dest, ""];
     this.#root = join(place, stagingName(name));
     this.#tree = join(this.#root, "new");
     this.#made = onDisk("create", dest, () => fs.mkdirSync(place, { recursive: true }));
@@ -2307,21 +2304,18 @@ class StagedTree implements Target {
     if (unpin !== undefined && entries.get(CONSTRAINTS)?.kind === "file") {
       entries.set(CONSTRAINTS, { kind: "file", size: dropPin(join(this.#tree, CONSTRAINTS), unpin) });
     }
-    const files = [...entries].filter(([, { kind }]) => kind !== "directory").map(([path, { size }]) => ({
-      path,
-      size,
-    }));
+    const files = [...entries].filter(([, { kind }]) => kind !== "directory")
+      .map(([path, { size }]) => ({ path, size }));
     if (files.length === 0) throw noFile(layer, skipped.length);
     this.#publish(entries);
     return { files, skipped };
   }
 
   #publish(entries: Entries): void {
-    const isBeside = !this.#root.startsWith(join(this.#dest, "/"));
     const undo: (() => void)[] = [];
-    if (this.#settings.clean && fs.existsSync(this.#dest)) this.#putAside(isBeside, undo);
     try {
-      if (isBeside && this.#renameTree()) return;
+      if (this.#settings.clean && fs.existsSync(this.#dest)) this.#putAside(undo);
+      if (this.#isBeside && this.#renameTree()) return;
       this.#placeAll(entries, undo);
     } catch (error) {
       undo.reverse().forEach((step) => step());
@@ -2331,22 +2325,17 @@ class StagedTree implements Target {
   }
 
   /** What `--clean` replaces: DEST as a whole where that can be renamed, else all that is in it but staging. */
-  #putAside(isBeside: boolean, undo: (() => void)[]): void {
+  #putAside(undo: (() => void)[]): void {
     const old = join(this.#root, "old");
     const move = (from: string, to: string) => {
       onDisk("replace", from, () => fs.renameSync(from, to));
       undo.push(() => fs.renameSync(to, from));
     };
-    if (isBeside) return move(this.#dest, old);
+    if (this.#isBeside) return move(this.#dest, old);
     onDisk("create", old, () => fs.mkdirSync(old));
     const names = onDisk("read", this.#dest, () => fs.readdirSync(this.#dest));
     const others = names.filter((name) => !name.startsWith(stagingPrefix("")));
-    try {
-      others.forEach((name) => move(join(this.#dest, name), join(old, name)));
-    } catch (error) {
-      undo.reverse().forEach((step) => step());
-      throw error;
-    }
+    others.forEach((name) => move(join(this.#dest, name), join(old, name)));
   }
 
   #placeAll(entries: Entries, undo: (() => void)[]): void {
@@ -2571,11 +2560,11 @@ class TreeWriter {
 
 /** What passes between the threads: a directory, batches of bytes, and their end; a word for each batch, and the outcome. */
 type ToWorker = { order: Order } | { batch: Uint8Array<ArrayBuffer>[] } | "end" | "stop";
-type FromWorker = "taken" | { members: number } | { extracted: Extracted } | {
+type FromWorker = { taken: "a batch"; members: number } | { extracted: Extracted } | {
   error: Pick<FetchWheelsError, "kind" | "message" | "hint">;
 };
 
-type Outcome = Exclude<FromWorker, "taken" | { members: number }>;
+type Outcome = Exclude<FromWorker, { taken: string }>;
 
 /**
  * The same in a thread of its own: Deno inflates on the thread that asks for it, and this one has the network to read and
@@ -2594,9 +2583,10 @@ async function extractInWorker(
     outcome.resolve(how);
   };
   worker.onmessage = ({ data }: MessageEvent<FromWorker>) => {
-    if (data === "taken") ahead--;
-    else if ("members" in data) return tell(data.members);
-    else over(data);
+    if ("taken" in data) {
+      ahead--;
+      tell(data.members);
+    } else over(data);
     word.resolve();
   };
   worker.onerror = (event) => {
@@ -2646,18 +2636,19 @@ async function serveExtraction(): Promise<void> {
   port.onmessage = ({ data }: MessageEvent<ToWorker>) => void writer.write(data);
   const reader = readable.getReader();
   const next = async () => (await reader.read()).value ?? "stop";
+  let members = 0;
 
   async function* received(): AsyncGenerator<Uint8Array> {
     for (let message = await next(); message !== "end"; message = await next()) {
       if (typeof message === "string" || !("batch" in message)) throw new DOMException("stopped", "AbortError");
       yield* message.batch;
-      port.postMessage("taken");
+      port.postMessage({ taken: "a batch", members });
     }
   }
   const first = await next();
   if (typeof first === "string" || !("order" in first)) return;
   try {
-    const tell = (members: number) => port.postMessage({ members });
+    const tell = (number: number) => void (members = number);
     port.postMessage({ extracted: await extractTo(first.order, { bytes: received(), tell }) });
   } catch (thrown) {
     const error = explain(thrown);
@@ -2670,9 +2661,10 @@ async function writeMember(full: string, { path, body, mode, mtime }: Member & {
   let size = 0;
   // Synchronous, for it is much the faster way to write thousands of small files.
   const file = onDisk("create", path, () => fs.openSync(full, "wx", mode));
+  const output = { writeSync: (bytes: Uint8Array) => fs.writeSync(file, bytes) };
   try {
     for await (const chunk of body) {
-      onDisk("write", path, () => writeFully(file, chunk));
+      onDisk("write", path, () => writeAll(output, chunk));
       size += chunk.length;
       release(chunk);
     }
@@ -2686,11 +2678,7 @@ async function writeMember(full: string, { path, body, mode, mtime }: Member & {
   return size;
 }
 
-function writeFully(file: number, bytes: Uint8Array): void {
-  for (let written = 0; written < bytes.length;) written += fs.writeSync(file, bytes, written);
-}
-
-function writeAll(file: Deno.FsFile, bytes: Uint8Array): void {
+function writeAll(file: { writeSync(bytes: Uint8Array): number }, bytes: Uint8Array): void {
   for (let written = 0; written < bytes.length;) written += file.writeSync(bytes.subarray(written));
 }
 
@@ -2850,9 +2838,7 @@ const NO_IMAGE = { image: null, platform: null, manifest: null, layer: null };
 
 async function openImage(image: ImageReference, settings: Settings): Promise<OpenedSource> {
   const registries = openRegistries(image, settings);
-  const { manifest, platform } = await resolveManifest(image, registries, settings);
-  const { layer, info } = chooseLayer(manifest, formatReference(image), settings.layer);
-  settings.onProgress({ type: "resolved", image, layer: info, platform });
+  const { manifest, platform, layer, info } = await resolveLayer(image, registries, settings);
   const fetchFrom = (at: number) => blobBytes(layer, { registries, settings, at });
   const { registry: host, repository, tag = null, digest = null } = image;
   return {
@@ -2862,6 +2848,14 @@ async function openImage(image: ImageReference, settings: Settings): Promise<Ope
     layer: info,
     bytes: settings.cache === undefined ? verified(fetchFrom(0), layer) : throughCache(layer, { settings, fetchFrom }),
   };
+}
+
+/** The same for every image, wherever it lies: from its name to the layer that is wanted. */
+async function resolveLayer(image: ImageReference, registries: Registry[], settings: Settings) {
+  const { manifest, platform } = await resolveManifest(image, registries, settings);
+  const { layer, info } = chooseLayer(manifest, formatReference(image), settings.layer);
+  settings.onProgress({ type: "resolved", image, layer: info, platform });
+  return { manifest, platform, layer, info };
 }
 
 /** A file of a layout or an archive, by its path in there. */
@@ -2889,9 +2883,8 @@ async function openLayout(
     };
   };
   const image = { registry: text, repository: "" };
-  const { manifest, platform } = await resolveManifest(image, [{ isMirror: false, isDown: false, get }], settings);
-  const { layer, info } = chooseLayer(manifest, text, settings.layer);
-  settings.onProgress({ type: "resolved", image, layer: info, platform });
+  const registry: Registry = { isMirror: false, isDown: false, get };
+  const { manifest, platform, layer, info } = await resolveLayer(image, [registry], settings);
   const { digest, mediaType } = manifest;
   const bytes = verified(await answer(`blobs/${layer.digest}`), layer);
   return {
@@ -2924,7 +2917,7 @@ function ociAnswers(
   return async (asked) => {
     const digest = asked.slice(asked.indexOf("/") + 1);
     if (DIGEST.test(digest)) return shelf(`blobs/${digest.replace(":", "/")}`);
-    const index = parseJson(await wholeFile(shelf("index.json")));
+    const index = parseJson(await gather(shelf("index.json"), MAX_MANIFEST_BYTES));
     const entries: Descriptor[] = Array.isArray(index?.manifests) ? index.manifests : [];
     const nameOf = (entry: Descriptor) => entry?.annotations?.["org.opencontainers.image.ref.name"];
     const names = new Set(entries.map(nameOf).filter((name) => name !== undefined));
@@ -2942,15 +2935,13 @@ async function dockerAnswers(
   text: string,
 ): Promise<(asked: string) => Promise<AsyncIterable<Uint8Array>>> {
   const fail = (state: string) => integrity("read", text, state);
-  const images = parseJson(
-    Buffer.concat([Buffer.from('{"images":'), await wholeFile(shelf("manifest.json")), Buffer.from("}")]),
-  )?.images;
+  const images = parseValue(await gather(shelf("manifest.json"), MAX_MANIFEST_BYTES));
   if (!Array.isArray(images)) throw fail("its manifest.json is no list");
   if (images.length !== 1) {
     throw new FetchWheelsError("not-found", `Cannot choose in ${quote(text)}: it holds ${images.length} images`);
   }
   const { Config: name, Layers: files } = images[0] ?? {};
-  const body = await wholeFile(shelf(String(name)));
+  const body = await gather(shelf(String(name)), MAX_MANIFEST_BYTES) ?? new Uint8Array();
   const named = /[0-9a-f]{64}/.exec(String(name))?.[0];
   if (named !== undefined && digestOf(body, "sha256:") !== `sha256:${named}`) {
     throw fail("its configuration has another digest");
@@ -2971,13 +2962,8 @@ async function dockerAnswers(
   };
 }
 
-async function* jsonBytes(value: unknown): AsyncGenerator<Uint8Array> {
-  yield await Promise.resolve(new TextEncoder().encode(JSON.stringify(value)));
-}
-
-async function wholeFile(bytes: AsyncIterable<Uint8Array>): Promise<Uint8Array> {
-  const chunks = await Array.fromAsync(bytes);
-  return Buffer.concat(chunks);
+function jsonBytes(value: unknown): AsyncIterable<Uint8Array> {
+  return ReadableStream.from([new TextEncoder().encode(JSON.stringify(value))]);
 }
 
 async function openUrl(url: URL, settings: Settings): Promise<AsyncIterable<Uint8Array>> {
@@ -3081,9 +3067,12 @@ export async function main(args: string[], io: Io): Promise<number> {
   } catch (error) {
     bar.clear();
     if (error === PIPE_CLOSED) return 0; // whoever read the list has seen enough
-    const code = reportError(error, log, isVerbose);
-    if (isJson) await writeText(io.stdout, `${JSON.stringify(errorDocument(error), null, 2)}\n`);
-    return code;
+    const { kind, message, hint } = describeError(error);
+    log(message);
+    if (hint !== null) log(`hint: ${hint}`);
+    if (isVerbose) traceOf(explain(error)).forEach(log);
+    if (isJson) await writeText(io.stdout, `${JSON.stringify({ error: { kind, message, hint } }, null, 2)}\n`);
+    return EXIT_CODES[kind];
   }
 }
 
@@ -3122,25 +3111,22 @@ async function runFetch(
   return result;
 }
 
-function errorDocument(thrown: unknown): { error: { kind: ErrorKind; message: string; hint: string | null } } {
+/** An error as it is told, on stderr and by `--json`. */
+function describeError(thrown: unknown): { kind: ErrorKind; message: string; hint: string | null } {
   const error = explain(thrown);
-  const { kind, hint = null } = error instanceof FetchWheelsError ? error : { kind: "internal" as const };
-  return { error: { kind, message: withoutSecrets(error instanceof Error ? error.message : String(error)), hint } };
+  if (error instanceof FetchWheelsError) {
+    const help = error.kind === "usage" ? "fetch_wheels --help lists the options" : null;
+    return { kind: error.kind, message: error.message, hint: error.hint ?? help };
+  }
+  const words = withoutSecrets(error instanceof Error ? error.message.split("\n")[0] ?? "" : String(error));
+  const hint = "this is a fault of fetch_wheels; --verbose shows where";
+  return { kind: "internal", message: `Cannot go on: ${words}`, hint };
 }
 
-function reportError(thrown: unknown, log: (text: string) => void, isVerbose: boolean): number {
-  const error = explain(thrown);
-  const isOurs = error instanceof FetchWheelsError;
-  log(isOurs ? error.message : `Cannot go on: ${error instanceof Error ? error.message.split("\n")[0] : error}`);
-  const help = isOurs && error.kind === "usage" ? "fetch_wheels --help lists the options" : undefined;
-  const hint = isOurs ? error.hint ?? help : "this is a fault of fetch_wheels; --verbose shows where";
-  if (hint !== undefined) log(`hint: ${hint}`);
-  if (isVerbose && error instanceof Error) {
-    for (let e: unknown = error; e instanceof Error; e = e.cause) {
-      withoutSecrets(e.stack ?? e.message).split("\n").forEach(log);
-    }
-  }
-  return EXIT_CODES[isOurs ? error.kind : "internal"];
+/** The whole chain of an error's causes, for `--verbose`. */
+function traceOf(error: unknown): string[] {
+  if (!(error instanceof Error)) return [];
+  return [...withoutSecrets(error.stack ?? error.message).split("\n"), ...traceOf(error.cause)];
 }
 
 /** What others say in their errors may hold a URL with a password or a signature. */
@@ -3148,29 +3134,11 @@ function withoutSecrets(text: string): string {
   return text.replace(/(https?:\/\/)[^\s/]*@/gi, "$1").replace(/(https?:\/\/[^\s?"]*)\?[^\s")]*/gi, "$1?…");
 }
 
-/** The options as commander leaves them. */
-interface CommandOptions {
-  dest: string;
+/** The options as commander leaves them: the module's own, and what only a command line has. */
+interface CommandOptions extends Omit<FetchWheelsOptions, "output" | "mirrors"> {
   output?: string;
-  platform?: string;
-  protocol: "http" | "https" | "detect";
-  insecure?: boolean;
-  caFile?: string;
-  username?: string;
-  passwordStdin?: boolean;
-  retries: number;
-  timeout: number;
-  connections: number;
   mirror: string[];
-  cache?: string;
-  layer: string;
-  include: string[];
-  exclude: string[];
-  stripComponents: number;
-  clean?: boolean;
-  unpin?: string;
-  list?: boolean;
-  dryRun?: boolean;
+  passwordStdin?: boolean;
   json?: boolean;
   wheelsFile: string;
   quiet?: boolean;
@@ -3206,9 +3174,8 @@ function wholeNumber(text: string): number {
   return Number(text);
 }
 
-/** The first one on the command line replaces those of the environment. */
-function collect(this: void, text: string, before: string[] | undefined): string[] {
-  return [...(before ?? []), text];
+function collect(text: string, before: string[]): string[] {
+  return [...before, text];
 }
 
 function truth(text: string): boolean {
@@ -3349,31 +3316,13 @@ const PLAIN_OUTPUT = {
   getErrHasColors: () => false,
 };
 
+/** The options have the module's names already; what is left is what the command line says in another way. */
 async function fetchOptions(options: CommandOptions, io: Io): Promise<FetchWheelsOptions> {
-  const { output, passwordStdin, dest, platform, protocol, insecure, caFile, username, retries, timeout } = options;
-  const { connections, mirror: mirrors, cache } = options;
+  const { output, passwordStdin, username, mirror: mirrors } = options;
   const password = passwordStdin ? await readPassword(io.stdin) : io.env("REGISTRY_PASSWORD") || undefined;
   if (passwordStdin && !username) throw usage("use", "--password-stdin", "the user name is missing", PASSWORD_HINT);
-  return {
-    ...{
-      dest,
-      platform,
-      protocol,
-      insecure,
-      caFile,
-      username,
-      password,
-      retries,
-      timeout,
-      connections,
-      mirrors,
-      cache,
-    },
-    ...{ layer: options.layer, include: options.include, exclude: options.exclude, unpin: options.unpin },
-    ...{ stripComponents: options.stripComponents, clean: options.clean, list: options.list, dryRun: options.dryRun },
-    authFiles: authFiles(io),
-    output: output === "-" || output === "/dev/stdout" ? io.stdout : output,
-  };
+  const isStdout = output === "-" || output === "/dev/stdout";
+  return { ...options, mirrors, password, authFiles: authFiles(io), output: isStdout ? io.stdout : output };
 }
 
 function authFiles(io: Io): string[] {
