@@ -42,12 +42,10 @@ import * as fs from "node:fs";
 import * as https from "node:https";
 import { basename, dirname, join, posix, resolve as resolvePath } from "node:path";
 import process from "node:process";
-import { type Duplex, Readable } from "node:stream";
+import { Readable } from "node:stream";
 import * as tls from "node:tls";
-import { createGunzip } from "node:zlib";
 import { Command, CommanderError, InvalidArgumentError, Option } from "npm:commander@^15.1.0";
-import { Decompress as ZstdDecompress } from "npm:fzstd@^0.1.1";
-import { createTarDecoder, type ParsedTarEntry } from "npm:modern-tar@^0.8.6";
+import { Gunzip, ZstdDecompress } from "npm:minizlib@^3.1.0";
 // @ts-types="npm:@types/picomatch@^4.0.0"
 import picomatch from "npm:picomatch@^4.0.3";
 
@@ -76,6 +74,8 @@ const RANGE_BYTES = 4 * 1024 * 1024;
 const WORKER_FROM_BYTES = 128 * 1024 * 1024;
 /** Often enough to look alive, and seldom enough to cost nothing. */
 const REDRAW_MS = 100;
+/** After a signal, the time for cleaning up; then the process ends. */
+const SHUTDOWN_MS = 1500;
 const CONSTRAINTS = "upper-constraints.txt";
 const WORKER_NAME = "fetch_wheels extraction";
 const BATCH_BYTES = 512 * 1024;
@@ -97,8 +97,15 @@ const MAX_INDEX_DEPTH = 5;
 const DEFAULT_TOKEN_SECONDS = 60;
 /** As Linux: a path through more symbolic links than this is a loop. */
 const MAX_LINKS = 40;
-/** Large enough that thread hops cost nothing, small enough that memory stays flat. */
-const INFLATE_CHUNK_BYTES = 256 * 1024;
+/** Size of the decoder's output buffers, and of reads from a disk. */
+const INFLATED_BYTES = 256 * 1024;
+/** Size of a gzip decoder's input, which inflates to a thousand times as much at most. */
+const DEFLATED_BYTES = 64 * 1024;
+/** Window of zstd frames, as a power of two: 128 MiB, which is the limit of the zstd tool. */
+const MAX_ZSTD_WINDOW_LOG = 27;
+const TAR_BLOCK_BYTES = 512;
+/** An extension header holds names and attributes; Go's limit is the same. */
+const MAX_EXTENSION_BYTES = 1024 * 1024;
 
 const HUB = "docker.io";
 const HUB_NAMES = [HUB, "index.docker.io", "registry.hub.docker.com"];
@@ -951,7 +958,7 @@ async function send(url: URL, { headers, form }: Message, settings: Settings): P
 }
 
 /** The bytes of an answer; a connection that is silent for too long is an error, and so is one that dies. */
-async function* bodyOf({ response, url, controller }: Exchange, settings: Settings): AsyncGenerator<Uint8Array> {
+async function* answerBody({ response, url, controller }: Exchange, settings: Settings): AsyncGenerator<Uint8Array> {
   if (response.body === null) return;
   const reader = response.body.getReader();
   const silent = () => controller.abort(silence(url, settings));
@@ -989,7 +996,7 @@ async function askWhole(
 }
 
 async function readAll(exchange: Exchange, limit: number, settings: Settings): Promise<Uint8Array | undefined> {
-  return await gather(bodyOf(exchange, settings), limit);
+  return await gather(answerBody(exchange, settings), limit);
 }
 
 /** All of these bytes, or undefined where there are more than so many. */
@@ -1732,7 +1739,7 @@ async function* range(
       opened = undefined;
       to ??= blob.size;
       let skip = at - start;
-      for await (const chunk of bodyOf(exchange, blob.settings)) {
+      for await (const chunk of answerBody(exchange, blob.settings)) {
         // At the blob's own end nothing is cut off, so that too many bytes are seen as such.
         const end = to === undefined || to === blob.size ? undefined : skip + to - at;
         const wanted = chunk.subarray(skip, end);
@@ -1954,103 +1961,206 @@ function warnOfCache(error: unknown, path: string, { onProgress }: Settings): vo
   onProgress({ type: "warning", message: `the layer is not kept: ${message.split("\n")[0]}` });
 }
 
-/** gzip, zstd or neither, by what the first bytes say. Reads its input to the end, whatever the decoder thinks of it. */
-async function* decompress(bytes: AsyncIterable<Uint8Array>): AsyncGenerator<Uint8Array> {
-  const input = bytes[Symbol.asyncIterator]();
-  const head = await readHead(input, 4);
-  const whole = rejoin(head, input);
-  if (head[0] === 0x1f && head[1] === 0x8b) yield* gunzip(whole);
-  else if (Buffer.from(head).subarray(0, 4).toString("hex") === "28b52ffd") yield* unzstd(whole);
-  else yield* whole;
-}
+/** Pulls exact amounts out of a stream of chunks. What it returns is a view that holds until the next call. */
+class ByteReader {
+  readonly #source: AsyncIterator<Uint8Array>;
+  readonly #endsEarly: () => FetchWheelsError;
+  #chunk: Uint8Array = new Uint8Array();
+  #position = 0;
 
-async function* rejoin(head: Uint8Array, rest: AsyncIterator<Uint8Array>): AsyncGenerator<Uint8Array> {
-  try {
-    yield head;
-    yield* { [Symbol.asyncIterator]: () => rest };
-  } finally {
-    await rest.return?.();
+  /** `endsEarly` makes the error for a source that ends before the bytes that are asked for. */
+  constructor(source: AsyncIterable<Uint8Array>, endsEarly: () => FetchWheelsError) {
+    this.#source = source[Symbol.asyncIterator]();
+    this.#endsEarly = endsEarly;
+  }
+
+  /** Bytes consumed so far. */
+  get position(): number {
+    return this.#position;
+  }
+
+  /** Returns between one and `limit` bytes, or undefined at the end. */
+  async some(limit: number): Promise<Uint8Array | undefined> {
+    if (this.#chunk.length === 0 && !await this.#pull()) return undefined;
+    return this.#take(limit);
+  }
+
+  /** Returns `size` bytes; copies them only if they lie in several chunks. */
+  async exactly(size: number): Promise<Uint8Array> {
+    if (this.#chunk.length >= size) return this.#take(size);
+    const joined = new Uint8Array(size);
+    for (let filled = 0; filled < size;) {
+      const part = await this.some(size - filled);
+      if (part === undefined) throw this.#endsEarly();
+      joined.set(part, filled);
+      filled += part.length;
+    }
+    return joined;
+  }
+
+  /** Returns the next `size` bytes, fewer at the end, and leaves them to be read. */
+  async peek(size: number): Promise<Uint8Array> {
+    while (this.#chunk.length < size) {
+      const seen = this.#chunk;
+      this.#chunk = new Uint8Array();
+      const isMore = await this.#pull();
+      if (seen.length > 0) this.#chunk = Buffer.concat([seen, this.#chunk]);
+      if (!isMore) break;
+    }
+    return this.#chunk.subarray(0, size);
+  }
+
+  async skip(size: number): Promise<void> {
+    for (let left = size; left > 0;) {
+      const part = await this.some(left);
+      if (part === undefined) throw this.#endsEarly();
+      left -= part.length;
+    }
+  }
+
+  /** Reads to the end, so that whatever checks the source sees all of it. */
+  async drain(): Promise<void> {
+    while (await this.some(Infinity) !== undefined);
+  }
+
+  /** Gives the source up. Does not wait for it: it may be waiting for bytes that never come. */
+  cancel(): void {
+    this.#source.return?.()?.catch(() => {}); // its failure no longer matters to anyone
+  }
+
+  #take(limit: number): Uint8Array {
+    const view = this.#chunk.subarray(0, limit);
+    this.#chunk = this.#chunk.subarray(view.length);
+    this.#position += view.length;
+    return view;
+  }
+
+  async #pull(): Promise<boolean> {
+    while (this.#chunk.length === 0) {
+      const { done, value } = await this.#source.next();
+      if (done) return false;
+      this.#chunk = value;
+    }
+    return true;
   }
 }
 
-/** RFC 8878. Not `createZstdDecompress`: Deno's drops what follows a frame in the same chunk, and layers have many. */
-async function* unzstd(input: AsyncIterable<Uint8Array>): AsyncGenerator<Uint8Array> {
+/** minizlib passes its options on to `node:zlib`; its types do not list this one. */
+const INFLATE_OPTIONS: ConstructorParameters<typeof Gunzip>[0] & { chunkSize: number } = { chunkSize: INFLATED_BYTES };
+
+const GZIP_MAGIC = "\x1f\x8b";
+const ZSTD_MAGIC = "\x28\xb5\x2f\xfd";
+/** Skippable frames of zstd begin with any of 16 magic numbers. */
+const ZSTD_SKIPPABLE_MAGICS = Array.from({ length: 16 }, (_, low) => `${String.fromCharCode(0x50 + low)}\x2a\x4d\x18`);
+
+/** What begins like this cannot be read; it is named for what it is. */
+const OTHER_MAGICS: [magic: string, name: string][] = [
+  ["\xfd7zXZ\0", "an xz file"],
+  ["BZh", "a bzip2 file"],
+  ["PK\x03\x04", "a zip file (a wheel?)"],
+  ["7z\xbc\xaf\x27\x1c", "a 7z file"],
+  ["\x04\x22M\x18", "an lz4 file"],
+];
+
+/**
+ * Undoes gzip or zstd, as the first bytes say; other bytes pass as they are. Always drains its input, so that trailing
+ * bytes are verified too.
+ *
+ * @param name What the bytes are, for messages
+ */
+async function* decompress(bytes: AsyncIterable<Uint8Array>, name: string): AsyncGenerator<Uint8Array> {
+  const reader = new ByteReader(bytes, () => integrity("decompress", name, "the data ends early (truncated?)"));
+  try {
+    const head = await reader.peek(TAR_BLOCK_BYTES);
+    const text = Buffer.from(head).toString("latin1");
+    if (text.startsWith(GZIP_MAGIC)) {
+      yield* inflate(new Gunzip({ ...INFLATE_OPTIONS }), gzipPieces(reader), name);
+    } else if ([ZSTD_MAGIC, ...ZSTD_SKIPPABLE_MAGICS].some((magic) => text.startsWith(magic))) {
+      yield* inflate(new ZstdDecompress({ ...INFLATE_OPTIONS }), zstdPieces(reader, name), name);
+    } else {
+      const other = isTarHeader(head) ? undefined : otherFormat(text);
+      if (other !== undefined) throw integrity("read", name, `it is ${other}, not a tar archive`);
+      for (let part = await reader.some(Infinity); part !== undefined; part = await reader.some(Infinity)) yield part;
+    }
+    await reader.drain();
+  } finally {
+    reader.cancel();
+  }
+}
+
+function otherFormat(head: string): string | undefined {
+  if (head === "") return "empty";
+  if (/^\s*<(?:!doctype|html|\?xml)/i.test(head)) return "an HTML or XML page";
+  return OTHER_MAGICS.find(([magic]) => head.startsWith(magic))?.[1];
+}
+
+/** Small pieces, because a piece can inflate to a thousand times its size, all at once. */
+async function* gzipPieces(reader: ByteReader): AsyncGenerator<Uint8Array> {
+  for (let piece = await reader.some(DEFLATED_BYTES); piece !== undefined; piece = await reader.some(DEFLATED_BYTES)) {
+    yield piece;
+  }
+}
+
+/** Writes each piece and yields what came out of it. The decoder works synchronously and throws its errors from `write`. */
+async function* inflate(
+  decoder: Gunzip | ZstdDecompress,
+  pieces: AsyncIterable<Uint8Array>,
+  name: string,
+): AsyncGenerator<Uint8Array> {
   const ready: Uint8Array[] = [];
-  const decoder = new ZstdDecompress((chunk) => ready.push(chunk.slice()));
-  const push = (chunk: Uint8Array, isLast: boolean) => {
+  const run = (step: () => void) => {
     try {
-      decoder.push(chunk, isLast);
+      step();
     } catch (error) {
-      throw integrity("decompress", "the layer", (error as Error).message, error);
+      const state = (error as Error).message.replace(/^zlib: /, "");
+      throw integrity("decompress", name, state, error);
     }
   };
-  for await (const chunk of input) {
-    push(chunk, false);
-    yield* ready.splice(0);
-  }
-  push(new Uint8Array(), true);
-  yield* ready.splice(0);
-}
-
-/**
- * RFC 1952. Not `DecompressionStream`: it refuses gzip of several members, as pigz and eStargz write it. Not `pipeline`
- * either: it stops reading when the decoder has all that it wants, and then the rest would go unverified.
- */
-async function* gunzip(input: AsyncGenerator<Uint8Array>): AsyncGenerator<Uint8Array> {
-  const decoder = createGunzip({ chunkSize: INFLATE_CHUNK_BYTES });
-  const feeding = feed(decoder, input);
+  decoder.on("data", (chunk) => ready.push(chunk));
   try {
-    for await (const chunk of decoder) yield chunk;
-    const failure = await feeding;
-    if (failure !== undefined) throw failure;
-  } catch (error) {
-    const isDecoders = error instanceof Error && String((error as NodeJS.ErrnoException).code).startsWith("Z_");
-    throw isDecoders ? integrity("decompress", "the layer", error.message, error) : error;
-  } finally {
-    decoder.destroy();
-    await input.return(undefined);
-  }
-}
-
-async function readHead(input: AsyncIterator<Uint8Array>, length: number): Promise<Uint8Array> {
-  let head: Uint8Array = new Uint8Array();
-  while (head.length < length) {
-    const { done, value } = await input.next();
-    if (done) break;
-    head = head.length === 0 ? value : Buffer.concat([head, value]);
-  }
-  return head;
-}
-
-/** Returns what went wrong only where the decoder, being at its end, can no longer pass it on. */
-async function feed(decoder: Duplex, input: AsyncIterable<Uint8Array>): Promise<unknown> {
-  let isOver = false;
-  const over = new Promise<void>((resolve) => {
-    for (const event of ["end", "error", "close"]) decoder.once(event, () => resolve(void (isOver = true)));
-  });
-  try {
-    for await (const chunk of input) {
-      if (isOver) continue; // the rest is read only to be verified
-      await new Promise<void>((resolve) => {
-        decoder.write(chunk, () => resolve());
-        over.then(resolve);
-      });
-      release(chunk);
+    for await (const piece of pieces) {
+      run(() => decoder.write(piece as Buffer));
+      yield* ready.splice(0);
     }
-    decoder.end();
-    return undefined;
-  } catch (error) {
-    decoder.destroy(error as Error);
-    return isOver ? error : undefined;
+    run(() => decoder.end());
+    yield* ready.splice(0);
+  } finally {
+    decoder.close();
   }
 }
 
 /**
- * Gives a buffer's memory back at once; until the garbage collector came by, there would be a hundred megabytes of them.
- * Only in the worker, where every buffer is its own: elsewhere one may be the caller's.
+ * Cuts zstd (RFC 8878, section 3.1) into frame headers and blocks, because the decoder stops at the end of a frame
+ * without a word about what follows in the same piece, and takes a truncated frame for a whole one. Drops skippable
+ * frames. A block inflates to 128 KiB at most, so that a piece cannot take much memory.
  */
-function release({ buffer, byteLength }: Uint8Array): void {
-  if (isWorker() && buffer instanceof ArrayBuffer && buffer.byteLength === byteLength) buffer.transfer(0);
+async function* zstdPieces(reader: ByteReader, name: string): AsyncGenerator<Uint8Array> {
+  const fail = (state: string) => integrity("decompress", name, state);
+  for (let head = await reader.peek(18); head.length > 0; head = await reader.peek(18)) {
+    const view = new DataView(head.buffer, head.byteOffset, head.byteLength);
+    const magic = head.length < 8 ? 0 : view.getUint32(0, true);
+    if ((magic & 0xfffffff0) === 0x184d2a50) {
+      await reader.skip(8 + view.getUint32(4, true));
+      continue;
+    }
+    if (magic !== 0xfd2fb528) throw fail("what follows a zstd frame is not another one");
+    const descriptor = view.getUint8(4);
+    const isSingleSegment = (descriptor & 0x20) !== 0;
+    const dictionaryBytes = [0, 1, 2, 4][descriptor & 3] ?? 0;
+    const contentSizeBytes = [isSingleSegment ? 1 : 0, 2, 4, 8][descriptor >> 6] ?? 0;
+    if (!isSingleSegment && view.getUint8(5) >> 3 > MAX_ZSTD_WINDOW_LOG - 10) {
+      throw fail(`it needs a window of more than ${2 ** (MAX_ZSTD_WINDOW_LOG - 20)} MiB`);
+    }
+    yield await reader.exactly(5 + (isSingleSegment ? 0 : 1) + dictionaryBytes + contentSizeBytes);
+    const checksumBytes = descriptor & 4 ? 4 : 0;
+    for (let isLast = false; !isLast;) {
+      const [low = 0, middle = 0, high = 0] = await reader.peek(3);
+      const block = low | middle << 8 | high << 16;
+      isLast = (block & 1) === 1;
+      const isRunLength = (block >> 1 & 3) === 1;
+      yield await reader.exactly(3 + (isRunLength ? 1 : block >> 3) + (isLast ? checksumBytes : 0));
+    }
+  }
 }
 
 function isWorker(): boolean {
@@ -2078,55 +2188,280 @@ interface Choice {
 
 async function* tarMembers(bytes: AsyncIterable<Uint8Array>, choice: Choice): AsyncGenerator<Member> {
   const choose = chooser(choice);
-  const entries = ReadableStream.from(refuseOddTypes(bytes)).pipeThrough(createTarDecoder({ strict: true }));
-  for await (const entry of orTarError(entries)) {
+  for await (const entry of new TarReader(bytes, "the layer").members()) {
     const member = choose(safeMember(entry));
-    if (member?.kind !== "file") await entry.body.cancel();
     if (member !== undefined) yield member;
   }
 }
 
-/** The decoder's own errors are plain ones. They reach whoever reads when they happen: the list, or a member's body. */
-async function* orTarError<T>(items: AsyncIterable<T>): AsyncGenerator<T> {
-  try {
-    yield* items;
-  } catch (error) {
-    const isDecoders = error instanceof Error && error.constructor === Error && !("code" in error);
-    throw isDecoders ? integrity("read archive", "the layer", error.message.replace(/\.$/, ""), error) : error;
+/** A member as its header and the extensions before it describe it. Nothing about it is safe yet. */
+interface TarMember {
+  name: string;
+  linkname: string;
+  type: MemberType;
+  size: number;
+  mode: number;
+  /** Seconds since 1970. */
+  mtime: number;
+  /** Why it cannot be extracted; it matters only if the member is selected. */
+  fault?: string;
+  /** Where its body begins in the archive. */
+  offset: number;
+  /** Returns the next bytes of the body, as a view that holds until the next call, or undefined at its end. */
+  read(): Promise<Uint8Array | undefined>;
+}
+
+type MemberType = "file" | "directory" | "hard link" | "symbolic link" | UnsupportedType;
+type UnsupportedType = "character device" | "block device" | "FIFO" | "volume label" | "member of unknown type";
+
+/** Types by their flag; `S` is GNU's old form of a sparse file. */
+const MEMBER_TYPES: Record<string, MemberType> = {
+  "\0": "file",
+  "0": "file",
+  "7": "file",
+  "S": "file",
+  "1": "hard link",
+  "2": "symbolic link",
+  "3": "character device",
+  "4": "block device",
+  "5": "directory",
+  "6": "FIFO",
+  "V": "volume label",
+};
+
+/** Types that have no body, whatever their size field says. */
+const BODILESS = new Set<MemberType>([
+  "directory",
+  "hard link",
+  "symbolic link",
+  "character device",
+  "block device",
+  "FIFO",
+]);
+
+/** Records of a PAX header, or GNU's long names under the same keys; values are bytes, which need not be UTF-8. */
+type TarExtensions = Map<string, Uint8Array>;
+
+/**
+ * Reads a tar archive (POSIX pax, ustar, GNU and v7 formats) member by member, without buffering any, modelled on Go's
+ * `archive/tar`. Only headers are interpreted. A body that the caller does not read is skipped.
+ */
+class TarReader {
+  readonly #reader: ByteReader;
+  readonly #name: string;
+  #globals: TarExtensions = new Map();
+  #pax: TarExtensions = new Map();
+  #gnu: TarExtensions = new Map();
+
+  /** `name` is what the archive is called in messages. */
+  constructor(bytes: AsyncIterable<Uint8Array>, name: string) {
+    this.#name = name;
+    this.#reader = new ByteReader(bytes, () => this.#fail("it ends early (truncated?)"));
+  }
+
+  /** Yields the members. Ends only after the end marker, and after all that follows it has been read. */
+  async *members(): AsyncGenerator<TarMember> {
+    const reader = this.#reader;
+    try {
+      while (true) {
+        const block = await reader.exactly(TAR_BLOCK_BYTES);
+        if (block.every((byte) => byte === 0)) break;
+        if (!isTarHeader(block)) {
+          throw this.#fail(reader.position === TAR_BLOCK_BYTES ? "it is not a tar archive" : "a header is corrupt");
+        }
+        const typeflag = String.fromCharCode(block[156] ?? 0);
+        const ownSize = parseTarNumber(block.subarray(124, 136));
+        if ("xgLK".includes(typeflag)) {
+          await this.#readExtension(typeflag, ownSize);
+          continue;
+        }
+        const member = this.#member(block, typeflag, ownSize);
+        if (typeflag === "S") await this.#skipSparseMaps(block);
+        let left = member.size;
+        member.offset = reader.position;
+        member.read = async () => {
+          const part = left === 0 ? undefined : await reader.some(left);
+          if (part === undefined && left > 0) throw this.#fail("it ends early (truncated?)");
+          left -= part?.length ?? 0;
+          return part;
+        };
+        yield member;
+        await reader.skip(left + paddingAfter(member.size));
+      }
+      await reader.drain();
+    } finally {
+      reader.cancel();
+    }
+  }
+
+  async #readExtension(typeflag: string, size: number | undefined): Promise<void> {
+    if (size === undefined || size < 0) throw this.#fail("the size of an extension header is invalid");
+    if (size > MAX_EXTENSION_BYTES) throw this.#fail(`an extension header has more than ${MAX_EXTENSION_BYTES} bytes`);
+    const body = (await this.#reader.exactly(size)).slice();
+    await this.#reader.skip(paddingAfter(size));
+    if (typeflag === "L") this.#gnu.set("path", untilNul(body));
+    else if (typeflag === "K") this.#gnu.set("linkpath", untilNul(body));
+    else {
+      const target = typeflag === "g" ? this.#globals : this.#pax;
+      if (!parsePaxRecords(body, target)) throw this.#fail("a PAX header is corrupt");
+    }
+  }
+
+  /** Puts header and extensions together; PAX wins over GNU's long names, and both win over the header. */
+  #member(block: Uint8Array, typeflag: string, ownSize: number | undefined): TarMember {
+    const extensions = new Map([...this.#gnu, ...this.#globals, ...this.#pax].filter(([, value]) => value.length > 0));
+    this.#pax = new Map();
+    this.#gnu = new Map();
+
+    const name = decodeName(extensions.get("path") ?? headerName(block));
+    const linkname = decodeName(extensions.get("linkpath") ?? untilNul(block.subarray(157, 257)));
+    const isSparse = typeflag === "S" || [...extensions.keys()].some((key) => key.startsWith("GNU.sparse."));
+    let type = MEMBER_TYPES[typeflag] ?? "member of unknown type";
+    if (type === "file" && name.text.endsWith("/")) type = "directory";
+
+    const paxSize = extensions.get("size");
+    const size = BODILESS.has(type) ? 0 : paxSize === undefined ? ownSize : parsePaxSize(paxSize);
+    if (size === undefined || size < 0) throw this.#fail(`the size of ${quote(name.text)} is invalid`);
+    return {
+      name: name.text,
+      linkname: linkname.text,
+      type,
+      size,
+      mode: parseTarNumber(block.subarray(100, 108)) ?? 0o644,
+      mtime: parsePaxTime(extensions.get("mtime")) ?? parseTarNumber(block.subarray(136, 148)) ?? 0,
+      fault: isSparse ? "is a sparse file, which is not supported" : name.fault ?? linkname.fault,
+      offset: 0,
+      read: () => Promise.resolve(undefined),
+    };
+  }
+
+  /** GNU's old sparse files have further blocks of holes before the body, which the size does not include. */
+  async #skipSparseMaps(header: Uint8Array): Promise<void> {
+    let isExtended = header[482] === 1;
+    while (isExtended) isExtended = (await this.#reader.exactly(TAR_BLOCK_BYTES))[504] === 1;
+  }
+
+  #fail(state: string): FetchWheelsError {
+    return integrity("read archive", this.#name, state);
   }
 }
 
-/** The member, with every rule applied; undefined for the archive's own root. */
-function safeMember({ header, body }: ParsedTarEntry): Member | undefined {
-  const fail = (state: string) => integrity("read archive member", header.name, state);
-  const pax = header.pax ?? {};
-  const sparse = Object.keys(pax).find((key) => key.startsWith("GNU.sparse."));
-  if (sparse !== undefined) throw fail("it is a GNU sparse file, which is not supported");
-  if (pax.size !== undefined && pax.size !== String(header.size)) throw fail(`${quote(pax.size)} is no size`);
-  if (!Number.isSafeInteger(header.size)) throw fail(`${header.size} is no size`);
-  if (`${header.name}${header.linkname}`.includes("\ufffd")) throw fail("a name in it is not UTF-8");
+/** Reports whether the block's checksum is right; some writers summed signed bytes. */
+function isTarHeader(block: Uint8Array): boolean {
+  if (block.length < TAR_BLOCK_BYTES) return false;
+  let unsigned = 0;
+  let signed = 0;
+  for (let at = 0; at < TAR_BLOCK_BYTES; at++) {
+    const byte = at >= 148 && at < 156 ? 0x20 : block[at] ?? 0;
+    unsigned += byte;
+    signed += byte < 128 ? byte : byte - 256;
+  }
+  const stored = parseTarNumber(block.subarray(148, 156));
+  return stored === unsigned || stored === signed;
+}
 
-  const path = insidePath(header.name, header.name);
+/** The prefix belongs to the name only after POSIX's magic; GNU keeps other things in its place. */
+function headerName(block: Uint8Array): Uint8Array {
+  const name = untilNul(block.subarray(0, 100));
+  const isPosix = Buffer.from(block.subarray(257, 263)).toString("latin1") === "ustar\0";
+  const prefix = isPosix ? untilNul(block.subarray(345, 500)) : new Uint8Array();
+  return prefix.length === 0 ? name : Buffer.concat([prefix, Buffer.from("/"), name]);
+}
+
+/** Octal digits between blanks or NULs, or base 256 in two's complement; undefined for anything else. */
+function parseTarNumber(field: Uint8Array): number | undefined {
+  if ((field[0] ?? 0) & 0x80) {
+    const isNegative = ((field[0] ?? 0) & 0x40) !== 0;
+    let value = isNegative ? -1n : 0n;
+    for (const [at, byte] of field.entries()) {
+      value = value << 8n | BigInt(at === 0 && !isNegative ? byte & 0x7f : byte);
+    }
+    return Number.isSafeInteger(Number(value)) ? Number(value) : undefined;
+  }
+  const text = Buffer.from(field).toString("latin1").replace(/^[ \0]+|[ \0]+$/g, "");
+  if (text === "") return 0;
+  return /^[0-7]+$/.test(text) ? parseInt(text, 8) : undefined;
+}
+
+/** Adds `LENGTH KEY=VALUE\n` records to a map. Goes by their lengths: a value may hold anything, line breaks included. */
+function parsePaxRecords(body: Uint8Array, records: TarExtensions): boolean {
+  for (let at = 0; at < body.length;) {
+    const blank = body.indexOf(0x20, at);
+    const digits = blank < 0 ? "" : Buffer.from(body.subarray(at, blank)).toString("latin1");
+    const end = at + Number(/^\d{1,9}$/.test(digits) ? digits : NaN);
+    const equals = body.indexOf(0x3d, blank);
+    const isRecord = end <= body.length && equals > blank + 1 && equals < end && body[end - 1] === 0x0a;
+    if (!isRecord) return false;
+    const key = Buffer.from(body.subarray(blank + 1, equals)).toString("utf8");
+    records.set(key, body.subarray(equals + 1, end - 1));
+    at = end;
+  }
+  return true;
+}
+
+function parsePaxSize(value: Uint8Array): number | undefined {
+  const text = Buffer.from(value).toString("latin1");
+  return /^\d+$/.test(text) && Number.isSafeInteger(Number(text)) ? Number(text) : undefined;
+}
+
+function parsePaxTime(value: Uint8Array | undefined): number | undefined {
+  const text = Buffer.from(value ?? []).toString("latin1");
+  return /^-?\d+(?:\.\d*)?$/.test(text) ? Number(text) : undefined;
+}
+
+function untilNul(field: Uint8Array): Uint8Array {
+  const end = field.indexOf(0);
+  return end < 0 ? field : field.subarray(0, end);
+}
+
+const NAME_DECODER = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
+
+/** A name that is not UTF-8 is shown with replacement characters, and is a fault. */
+function decodeName(bytes: Uint8Array): { text: string; fault?: string } {
+  try {
+    return { text: NAME_DECODER.decode(bytes) };
+  } catch {
+    return { text: Buffer.from(bytes).toString("utf8"), fault: "has a name that is not UTF-8" };
+  }
+}
+
+function paddingAfter(size: number): number {
+  return (TAR_BLOCK_BYTES - size % TAR_BLOCK_BYTES) % TAR_BLOCK_BYTES;
+}
+
+/** The member, with every rule applied; undefined for the archive's own root. */
+function safeMember(member: TarMember): Member | undefined {
+  const fail = (state: string) => integrity("read archive member", member.name, state);
+  if (member.fault !== undefined) throw fail(`it ${member.fault}`);
+  const path = insidePath(member.name, member.name);
   if (path === "") {
-    if (header.type === "directory") return undefined;
+    if (member.type === "directory") return undefined;
     throw fail("it has no name");
   }
-  const mode = header.mode ?? 0;
-  const linkname = header.linkname ?? "";
-  switch (header.type) {
+  const { type, mode, linkname } = member;
+  switch (type) {
     case "file":
-    case undefined:
-      return { kind: "file", path, mode: (mode & 0o777) | 0o600, mtime: header.mtime, body: orTarError(body) };
+      return {
+        kind: "file",
+        path,
+        mode: (mode & 0o777) | 0o600,
+        mtime: new Date(member.mtime * 1000),
+        body: bodyOf(member),
+      };
     case "directory":
       return { kind: "directory", path, mode: (mode & 0o777) | 0o700 };
-    case "link":
-      return { kind: "hardlink", path, target: insidePath(linkname, header.name) };
-    case "symlink":
+    case "hard link":
+      return { kind: "hardlink", path, target: insidePath(linkname, member.name) };
+    case "symbolic link":
       if (/^$|\0/.test(linkname)) throw fail("it links to nowhere");
       return { kind: "symlink", path, target: linkname };
     default:
-      return { kind: "skipped", path, reason: `it is a ${header.type}` };
+      return { kind: "skipped", path, reason: `it is a ${type}` };
   }
+}
+
+async function* bodyOf(member: TarMember): AsyncGenerator<Uint8Array> {
+  for (let part = await member.read(); part !== undefined; part = await member.read()) yield part;
 }
 
 /** Leaves out what is not wanted. A glob stands for a path, for a name, and for all that is below either. */
@@ -2172,36 +2507,6 @@ function unsafe(member: string, state: string): FetchWheelsError {
   });
 }
 
-/**
- * Passes an archive on, but not with members of a type that the decoder does not know: it would take a GNU sparse file
- * or a part of a multi-volume one for a plain file, and write the wrong bytes without a word. Every block is looked at,
- * not only those that are in a header's place, for that place is the decoder's to know; a checksum tells them apart.
- */
-async function* refuseOddTypes(bytes: AsyncIterable<Uint8Array>): AsyncGenerator<Uint8Array> {
-  let cut: Uint8Array = new Uint8Array(); // the block that the last chunk ended in
-  for await (const chunk of bytes) {
-    const missing = cut.length === 0 ? 0 : 512 - cut.length;
-    if (missing > 0) cut = Buffer.concat([cut, chunk.subarray(0, missing)]);
-    if (cut.length === 512) assertKnownType(cut);
-    let at = Math.min(missing, chunk.length);
-    for (; at + 512 <= chunk.length; at += 512) {
-      if (chunk[at + 257] === 0x75) assertKnownType(chunk.subarray(at, at + 512)); // the u of "ustar"
-    }
-    if (cut.length === 0 || cut.length === 512) cut = chunk.slice(at);
-    yield chunk;
-  }
-}
-
-function assertKnownType(block: Uint8Array): void {
-  const type = String.fromCharCode(block[156] ?? 0);
-  const text = (start: number, length: number) => Buffer.from(block.subarray(start, start + length)).toString();
-  if ("\x0001234567xgLK".includes(type) || text(257, 5) !== "ustar") return;
-  const sum = block.reduce((total, byte, at) => total + (at >= 148 && at < 156 ? 0x20 : byte), 0);
-  if (parseInt(text(148, 8), 8) !== sum) return;
-  const what = type === "S" ? "a GNU sparse file" : `of type ${quote(type)}`;
-  throw integrity("read archive member", text(0, 100).split("\0")[0] ?? "", `it is ${what}, which is not supported`);
-}
-
 // ---------------------------------------------------------------------------------------------------------------------
 // 8 Disk: everything is written to a staging directory, and renamed into place when all of it is known to be right.
 // ---------------------------------------------------------------------------------------------------------------------
@@ -2227,7 +2532,7 @@ async function lookAtOnly(bytes: AsyncIterable<Uint8Array>, layer: LayerInfo | n
 
 async function listMembers(bytes: AsyncIterable<Uint8Array>, { choice, onProgress }: Settings): Promise<Received> {
   const [files, skipped]: [FetchResult["files"], FetchResult["skipped"]] = [[], []];
-  for await (const member of tarMembers(decompress(bytes), choice)) {
+  for await (const member of tarMembers(decompress(bytes, "the layer"), choice)) {
     const { kind, path } = member;
     if (kind === "skipped") skipped.push({ path, reason: member.reason });
     if (kind === "skipped" || kind === "directory") continue;
@@ -2469,7 +2774,7 @@ async function extractTo(
   { bytes, tell }: { bytes: AsyncIterable<Uint8Array>; tell: (members: number) => void },
 ): Promise<Extracted> {
   const writer = new TreeWriter(tree);
-  for await (const member of tarMembers(decompress(bytes), choice)) {
+  for await (const member of tarMembers(decompress(bytes, "the layer"), choice)) {
     await writer.add(member);
     tell(writer.entries.size);
   }
@@ -2666,7 +2971,6 @@ async function writeMember(full: string, { path, body, mode, mtime }: Member & {
     for await (const chunk of body) {
       onDisk("write", path, () => writeAll(output, chunk));
       size += chunk.length;
-      release(chunk);
     }
     onDisk("write", path, () => {
       fs.fchmodSync(file, mode); // what was given to open is subject to the umask
@@ -2898,12 +3202,13 @@ async function openLayout(
 
 /** Reads an archive up to the file that is wanted. Members that are links lead on, as `docker save` makes them. */
 function archiveShelf(path: string): Shelf {
-  return async function* shelf(name: string): AsyncGenerator<Uint8Array> {
-    const tar = ReadableStream.from(decompress(openFile(path))).pipeThrough(createTarDecoder({ strict: true }));
-    for await (const { header, body } of orTarError(tar)) {
-      if (posix.normalize(header.name) !== name) await body.cancel();
-      else if (!header.linkname) return yield* orTarError(body);
-      else return yield* shelf(posix.join(header.type === "symlink" ? posix.dirname(name) : ".", header.linkname));
+  return async function* shelf(name: string, links = 0): AsyncGenerator<Uint8Array> {
+    if (links > MAX_LINKS) throw integrity("read", path, `${quote(name)} is a link that leads to itself`);
+    for await (const member of new TarReader(decompress(openFile(path), path), path).members()) {
+      if (posix.normalize(member.name) !== name) continue;
+      if (member.linkname === "") return yield* bodyOf(member);
+      const base = member.type === "symbolic link" ? posix.dirname(name) : ".";
+      return yield* shelf(posix.join(base, member.linkname), links + 1);
     }
     throw new FetchWheelsError("not-found", `Cannot read ${quote(path)}: it holds no ${quote(name)}`);
   };
@@ -2973,7 +3278,7 @@ async function openUrl(url: URL, settings: Settings): Promise<AsyncIterable<Uint
   if (!exchange.response.ok) {
     throw statusError("fetch", displayUrl(url), { exchange, body: await readError(exchange, settings) });
   }
-  return bodyOf(exchange, settings);
+  return answerBody(exchange, settings);
 }
 
 function decodedUser(url: URL): UserCredentials {
@@ -2994,7 +3299,7 @@ function openFile(path: string): AsyncIterable<Uint8Array> {
 
 async function* readFile(path: string): AsyncGenerator<Uint8Array> {
   try {
-    for await (const chunk of fs.createReadStream(path, { highWaterMark: INFLATE_CHUNK_BYTES })) yield chunk;
+    for await (const chunk of fs.createReadStream(path, { highWaterMark: INFLATED_BYTES })) yield chunk;
   } catch (error) {
     throw diskError("read", path, error);
   }
@@ -3466,12 +3771,17 @@ if (isWorker()) {
 } else if (import.meta.main) {
   const controller = new AbortController();
   const stop = (kind: "interrupted" | "terminated", name: Deno.Signal) => {
-    const abort = () => controller.abort(new FetchWheelsError(kind, `Cannot go on: ${name} came`));
+    const abort = () => {
+      if (controller.signal.aborted) Deno.exit(EXIT_CODES[kind]);
+      controller.abort(new FetchWheelsError(kind, `Cannot go on: ${name} came`));
+      Deno.unrefTimer(setTimeout(() => Deno.exit(EXIT_CODES[kind]), SHUTDOWN_MS));
+    };
     Deno.addSignalListener(name, abort);
     return { [Symbol.dispose]: () => Deno.removeSignalListener(name, abort) };
   };
   using _interrupt = stop("interrupted", "SIGINT");
   using _terminate = stop("terminated", "SIGTERM");
+  using _hangUp = stop("terminated", "SIGHUP");
   Deno.exitCode = await main(Deno.args, {
     env: (name) => Deno.env.get(name),
     stdin: Deno.stdin.readable,

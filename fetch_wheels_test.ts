@@ -2484,7 +2484,6 @@ const HOSTILE: Record<string, [name: string, ...parts: Parts][]> = {
       file("a", "", { typeflag: "0" }),
       file("b", "x", { typeflag: "S" }),
     ],
-    ["a part of a file of several volumes", file("a.whl", "x", { typeflag: "M" })],
     ["a directory over a file", directory("good.whl/")],
     ["a file below a file", file("good.whl/evil")],
     ["a file over a directory", directory("sub"), file("sub")],
@@ -2646,6 +2645,28 @@ Deno.test("modes come from the archive, not from the umask, without setuid, setg
     const expected = { a: "644", b: "755", c: "755", d: "777", e: "666", f: "600", g: "644", sub: "775", bare: "700" };
     assert.deepEqual(Object.fromEntries(actual), expected);
     assert.equal(Deno.statSync(scratch.at(`${dest}/a`)).mtime?.toISOString(), "2024-01-01T00:00:00.000Z");
+  }
+});
+
+Deno.test("a skipped member before a large one does not stop the extraction", async (t) => {
+  using scratch = new Scratch();
+  const large = randomBytes(1 << 20);
+  const wheel = (name: string): Parts => [rawHeader({ name, size: large.length }), large];
+  const table: [name: string, options: FetchWheelsOptions, ...parts: Parts][] = [
+    ["hidden", {}, file(".hidden", "x".repeat(100)), wheel("a.whl")],
+    ["not included", { include: ["*.whl"] }, file("u.txt", "x"), wheel("a.whl")],
+    ["excluded", { exclude: ["*.txt"] }, file("u.txt", "x"), wheel("a.whl")],
+    ["too short", { stripComponents: 1 }, file("README", "x"), wheel("w/a.whl")],
+  ];
+  for (const [name, options, ...parts] of table) {
+    for (const [form, pack] of Object.entries({ plain: (tar: Uint8Array) => tar, gzip, zstd })) {
+      await t.step(`${name}, ${form}`, async () => {
+        const dest = scratch.at(`${name}-${form}`);
+        const source = scratch.at(`${name}.${form}`, pack(tarOf(...parts)));
+        await fetchWheels(source, { ...options, dest, signal: AbortSignal.timeout(10_000) });
+        assertSame(Deno.readFileSync(join(dest, "a.whl")), large);
+      });
+    }
   }
 });
 
