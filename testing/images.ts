@@ -1,7 +1,7 @@
 /**
- * Makers of what tests, demo and benchmark serve: real wheels, honest and hostile tar archives, layers, manifests.
+ * Builds what tests, demo and benchmark serve: wheels, valid and malformed tar archives, layers, manifests.
  *
- * Everything is deterministic (fixed dates, no randomness but in a signature), so that digests can be compared.
+ * All output is deterministic, except the signature of a signed schema 1 manifest, so that digests can be compared.
  *
  * @module
  */
@@ -9,12 +9,11 @@
 import { Buffer } from "node:buffer";
 import { createHash, generateKeyPairSync, sign } from "node:crypto";
 import { crc32, gunzipSync, gzipSync, zstdCompressSync, zstdDecompressSync } from "node:zlib";
-import { packTar } from "npm:modern-tar@^0.8.6";
 
-/** The bytes of everything here; a plain `ArrayBuffer` below them, as `Response` and `Blob` want it. */
+/** Bytes backed by an `ArrayBuffer`, the type that `Response` requires. */
 export type Bytes = Uint8Array<ArrayBuffer>;
 
-/** Media types of manifests, configs and layers, by the name that the field gives them. */
+/** Media types of manifests, configs and layers. */
 export const MEDIA = {
   ociIndex: "application/vnd.oci.image.index.v1+json",
   ociManifest: "application/vnd.oci.image.manifest.v1+json",
@@ -30,21 +29,23 @@ export const MEDIA = {
   dockerLayer: "application/vnd.docker.image.rootfs.diff.tar.gzip",
 } as const;
 
-/** The time that every member carries: 2024-01-01, late enough for a zip, whose years begin at 1980. */
+/** The time of every archive member and manifest. Zip cannot store years before 1980. */
 const FIXED_DATE = new Date("2024-01-01T00:00:00Z");
 
 const TAR_BLOCK_BYTES = 512;
+/** Size of a header's name and link name fields. */
+const NAME_BYTES = 100;
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Bytes
 // ---------------------------------------------------------------------------------------------------------------------
 
-/** Text to its UTF-8 bytes; bytes stay what they are. */
+/** Encodes text as UTF-8. Copies bytes. */
 export function toBytes(data: string | Uint8Array): Bytes {
   return typeof data === "string" ? new TextEncoder().encode(data) : new Uint8Array(data);
 }
 
-/** One array of all the parts. */
+/** Joins the parts into one array. */
 export function concat(...parts: (string | Uint8Array)[]): Bytes {
   const arrays = parts.map((part) => typeof part === "string" ? toBytes(part) : part);
   const all = new Uint8Array(arrays.reduce((sum, array) => sum + array.length, 0));
@@ -56,53 +57,53 @@ export function concat(...parts: (string | Uint8Array)[]): Bytes {
   return all;
 }
 
-/** The digest of these bytes as registries write it: `sha256:<hex>`. */
+/** Returns the digest of these bytes as registries write it: `sha256:<hex>`. */
 export function sha256(bytes: Uint8Array): string {
   return `sha256:${createHash("sha256").update(bytes).digest("hex")}`;
 }
 
-/** The digest of these bytes as registries write it: `sha512:<hex>`. */
+/** Returns the digest of these bytes as registries write it: `sha512:<hex>`. */
 export function sha512(bytes: Uint8Array): string {
   return `sha512:${createHash("sha512").update(bytes).digest("hex")}`;
 }
 
-/** A gzip file of one member. */
+/** Compresses the bytes into one gzip member. */
 export function gzip(bytes: Uint8Array): Bytes {
   return new Uint8Array(gzipSync(bytes));
 }
 
-/** A gzip file of several members, one for each argument, as pigz and eStargz write them. */
+/** Compresses each part into a gzip member of its own, as eStargz does. */
 export function gzipMembers(...parts: Uint8Array[]): Bytes {
   return concat(...parts.map(gzip));
 }
 
-/** One zstd frame. */
+/** Compresses the bytes into one zstd frame. */
 export function zstd(bytes: Uint8Array): Bytes {
   return new Uint8Array(zstdCompressSync(bytes));
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Wheels: a zip of stored entries, with the three files of metadata that pip insists on
+// Wheels: a zip of stored entries with the three metadata files that pip requires
 // ---------------------------------------------------------------------------------------------------------------------
 
-/** What a wheel is made of. */
+/** Describes a wheel to build. */
 export interface WheelFields {
-  /** The project's name, such as `demo-hello`; the module is the same with `_` for `-`. */
+  /** Project name, such as `demo-hello`. The module's name is the same with `_` for `-`. */
   name: string;
   version: string;
   /** Compatibility tag. @default "py3-none-any" */
   tag?: string;
-  /** The module's source text. @default one that sets `__version__` */
+  /** Source text of the module. @default sets `__version__` */
   body?: string;
 }
 
-/** A wheel's file name and content. */
+/** File name and content of a wheel. */
 export interface Wheel {
   filename: string;
   bytes: Bytes;
 }
 
-/** Make a real wheel, which `pip install` accepts. */
+/** Builds a wheel that `pip install` accepts. */
 export function makeWheel({ name, version, tag = "py3-none-any", body }: WheelFields): Wheel {
   const module = name.replaceAll(/[-_.]+/g, "_").toLowerCase();
   const info = `${module}-${version}.dist-info`;
@@ -113,7 +114,7 @@ export function makeWheel({ name, version, tag = "py3-none-any", body }: WheelFi
     [`${info}/WHEEL`, toBytes(`Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: ${purelib}\nTag: ${tag}\n`)],
   ];
   const record = files.map(([path, data]) => `${path},${recordHash(data)},${data.length}\n`).join("");
-  // RECORD cannot hold its own hash, so its line has none.
+  // RECORD cannot contain its own hash.
   files.push([`${info}/RECORD`, toBytes(`${record}${info}/RECORD,,\n`)]);
   return { filename: `${module}-${version}-${tag}.whl`, bytes: zip(files) };
 }
@@ -131,7 +132,7 @@ function zip(files: [path: string, data: Uint8Array][]): Bytes {
     const common = zipCommonFields(name, data);
     const local = concat(littleEndian([4, 0x04034b50]), common, name, data);
     locals.push(local);
-    // Version 2.0 on Unix (3 << 8), so that the mode in the upper half of the external attributes counts.
+    // "Made by" is Unix (3 << 8), so that readers use the mode in the upper half of the external attributes.
     const tail = littleEndian([2, 0], [2, 0], [2, 0], [4, 0o100644 * 0x10000], [4, offset]);
     directory.push(concat(littleEndian([4, 0x02014b50], [2, (3 << 8) | 20]), common, tail, name));
     offset += local.length;
@@ -142,7 +143,7 @@ function zip(files: [path: string, data: Uint8Array][]): Bytes {
   return concat(...locals, central, littleEndian(...end as [number, number][]));
 }
 
-/** The fields that an entry's local header and its line in the directory share, from "version needed" on. */
+/** Returns the fields that local headers and directory entries share, from "version needed" on. */
 function zipCommonFields(name: Uint8Array, data: Uint8Array): Bytes {
   const day = ((FIXED_DATE.getUTCFullYear() - 1980) << 9) | (1 << 5) | 1;
   return littleEndian(
@@ -168,79 +169,125 @@ function littleEndian(...fields: [size: number, value: number][]): Bytes {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Tar: what a good tool writes (makeTar), and what none would write (rawHeader, rawTar)
+// Tar: valid archives (makeTar) and headers with arbitrary fields (rawHeader, rawTar)
 // ---------------------------------------------------------------------------------------------------------------------
 
-/** A member of an honest archive. */
+/** A member of a valid archive. */
 export interface TarMember {
-  /** A name that ends in `/` is a directory's. */
+  /** A name that ends in `/` means a directory. */
   name: string;
   data?: string | Uint8Array;
-  /** @default "file", or "directory" after the name */
+  /** @default "file", or "directory" if the name ends in `/` */
   type?: "file" | "directory" | "symlink" | "link" | "character-device" | "block-device" | "fifo";
   linkname?: string;
   /** @default 0o644, or 0o755 for a directory */
   mode?: number;
   /** @default 2024-01-01 */
   mtime?: Date;
-  /** Extended attributes of this member. */
+  /** Additional PAX records of this member. */
   pax?: Record<string, string>;
 }
 
-/** Make an uncompressed archive, its names in PAX form where they are long. */
-export async function makeTar(entries: TarMember[]): Promise<Bytes> {
-  const packed = await packTar(entries.map(({ name, data = "", type, linkname, mode, mtime = FIXED_DATE, pax }) => {
-    const body = toBytes(data);
-    const header = {
-      name,
-      size: body.length,
-      type: type ?? (name.endsWith("/") ? "directory" : "file"),
-      mtime,
-      ...(linkname !== undefined && { linkname }),
-      ...(mode !== undefined && { mode }),
-      ...(pax !== undefined && { pax }),
-    };
-    return { header, body };
-  }));
-  return new Uint8Array(packed);
+const TYPEFLAGS: Record<NonNullable<TarMember["type"]>, string> = {
+  file: "0",
+  link: "1",
+  symlink: "2",
+  "character-device": "3",
+  "block-device": "4",
+  directory: "5",
+  fifo: "6",
+};
+
+/** Builds an uncompressed ustar archive. Writes PAX records for names that are long or not ASCII. */
+export function makeTar(members: TarMember[]): Promise<Bytes> {
+  return Promise.resolve(packMembers(members));
 }
 
-/** The fields of one header block, of which nothing is checked but that it fits. */
+function packMembers(members: TarMember[]): Bytes {
+  return rawTar(...members.flatMap(tarParts));
+}
+
+function tarParts({ name, data = "", type, linkname = "", mode, mtime = FIXED_DATE, pax }: TarMember): Bytes[] {
+  const isDirectory = type === "directory" || (type === undefined && name.endsWith("/"));
+  const path = isDirectory && !name.endsWith("/") ? `${name}/` : name;
+  const body = toBytes(data);
+  const records = { ...paxIfNeeded("path", path), ...paxIfNeeded("linkpath", linkname), ...pax };
+  const header = rawHeader({
+    name: toBytes(path).subarray(0, NAME_BYTES),
+    linkname: toBytes(linkname).subarray(0, NAME_BYTES),
+    typeflag: TYPEFLAGS[type ?? (isDirectory ? "directory" : "file")],
+    mode: mode ?? (isDirectory ? 0o755 : 0o644),
+    mtime: Math.floor(mtime.getTime() / 1000),
+    size: body.length,
+  });
+  if (Object.keys(records).length === 0) return [header, body];
+  const paxBody = paxRecords(records);
+  return [rawHeader({ name: "PaxHeader", typeflag: "x", size: paxBody.length }), paxBody, header, body];
+}
+
+/** Returns a PAX record for a name that a ustar header cannot hold. */
+function paxIfNeeded(key: string, name: string): Record<string, string> {
+  const isPlain = name.length <= NAME_BYTES && /^[ -~]*$/.test(name);
+  return isPlain ? {} : { [key]: name };
+}
+
+/** A number becomes octal digits, or base 256 if these cannot hold it. Text and bytes fill the field unchanged. */
+export type NumberField = number | string | Uint8Array;
+
+/** Fields of one header block. Only their lengths are checked. */
 export interface RawHeaderFields {
   name: string | Uint8Array;
-  /** A number is written in octal, or in base 256 where octal cannot hold it; text and bytes fill the field as is. */
-  size?: number | string | Uint8Array;
+  size?: NumberField;
   /** @default "0", a regular file */
   typeflag?: string;
   linkname?: string | Uint8Array;
   /** @default 0o644 */
-  mode?: number;
+  mode?: NumberField;
+  /** @default 0 */
+  uid?: NumberField;
+  /** @default 0 */
+  gid?: NumberField;
+  /** Seconds. @default 2024-01-01 */
+  mtime?: NumberField;
   prefix?: string | Uint8Array;
   /** @default "ustar" */
   magic?: "ustar" | "gnu" | "v7";
-  /** Written instead of the right sum. */
-  checksum?: number;
+  /** Replaces the correct sum, or selects the sum of signed bytes, which some old programs write. */
+  checksum?: number | "signed";
 }
 
-/** Make one header block by hand. */
+/** Builds one header block. */
 export function rawHeader(fields: RawHeaderFields): Bytes {
   const { name, size = 0, typeflag = "0", linkname = "", mode = 0o644, prefix = "", magic = "ustar" } = fields;
+  const { uid = 0, gid = 0, mtime = FIXED_DATE.getTime() / 1000, checksum } = fields;
   const block = new Uint8Array(TAR_BLOCK_BYTES);
-  put(block, 0, 100, name);
-  put(block, 100, 8, octal(mode, 7));
-  put(block, 108, 8, octal(0, 7));
-  put(block, 116, 8, octal(0, 7));
-  put(block, 124, 12, typeof size === "number" ? sizeField(size) : size);
-  put(block, 136, 12, octal(FIXED_DATE.getTime() / 1000, 11));
+  put(block, 0, NAME_BYTES, name);
+  put(block, 100, 8, numberField(mode, 8));
+  put(block, 108, 8, numberField(uid, 8));
+  put(block, 116, 8, numberField(gid, 8));
+  put(block, 124, 12, numberField(size, 12));
+  put(block, 136, 12, numberField(mtime, 12));
   put(block, 156, 1, typeflag);
-  put(block, 157, 100, linkname);
+  put(block, 157, NAME_BYTES, linkname);
   put(block, 257, 8, { ustar: "ustar\x0000", gnu: "ustar  \0", v7: "" }[magic]);
   put(block, 345, 155, prefix);
-  // The sum is taken as if its own field were blanks.
-  put(block, 148, 8, " ".repeat(8));
-  const sum = fields.checksum ?? block.reduce((total, byte) => total + byte, 0);
-  put(block, 148, 8, `${octal(sum, 6)}\0 `);
+  fixChecksum(block, checksum);
   return block;
+}
+
+/** Sets the checksum of a header block, by default to the correct one. */
+export function fixChecksum(block: Uint8Array, checksum: number | "signed" = tarChecksum(block)): void {
+  const sum = checksum === "signed" ? tarChecksum(new Int8Array(block)) : checksum;
+  put(block, 148, 8, `${octal(sum, 6)}\0 `);
+}
+
+/** Sums the bytes as if the checksum's own field contained blanks. */
+function tarChecksum(block: Uint8Array | Int8Array): number {
+  let sum = 8 * 0x20;
+  for (const [at, byte] of block.entries()) {
+    if (at < 148 || at >= 156) sum += byte;
+  }
+  return sum;
 }
 
 function put(block: Uint8Array, offset: number, length: number, value: string | Uint8Array): void {
@@ -249,53 +296,76 @@ function put(block: Uint8Array, offset: number, length: number, value: string | 
   block.set(bytes, offset);
 }
 
+function numberField(value: NumberField, width: number): string | Uint8Array {
+  if (typeof value !== "number") return value;
+  return value >= 0 && value < 8 ** (width - 1) ? octal(value, width - 1) : base256(value, width);
+}
+
 function octal(value: number, digits: number): string {
   return value.toString(8).padStart(digits, "0");
 }
 
-/** Octal up to 8 GiB; beyond that, and below zero, GNU's two's complement with the top bit set. */
-function sizeField(size: number): string | Uint8Array {
-  if (size >= 0 && size < 8 ** 11) return octal(size, 11);
-  const field = new Uint8Array(12).fill(size < 0 ? 0xff : 0);
-  new DataView(field.buffer).setBigInt64(4, BigInt(size));
-  field[0] = size < 0 ? 0xff : 0x80;
+/** Encodes a whole number as GNU tar does if octal digits do not suffice: two's complement with the top bit set. */
+export function base256(value: number, width: number): Bytes {
+  const field = new Uint8Array(width);
+  let rest = BigInt(value);
+  for (let at = width - 1; at >= 0; at--) {
+    field[at] = Number(rest & 0xffn);
+    rest >>= 8n;
+  }
+  field[0] = value < 0 ? 0xff : 0x80;
   return field;
 }
 
-/** Put headers and bodies together: each part is filled up to whole blocks, and the two empty blocks follow. */
+/** Joins headers and bodies: pads each part to whole blocks and appends the end marker, two zero blocks. */
 export function rawTar(...parts: (Uint8Array | string)[]): Bytes {
+  return concat(rawMembers(...parts), new Uint8Array(2 * TAR_BLOCK_BYTES));
+}
+
+/** Joins headers and bodies like `rawTar`, without the end marker. */
+export function rawMembers(...parts: (Uint8Array | string)[]): Bytes {
   const padded = parts.flatMap((part) => {
-    const bytes = toBytes(part);
+    const bytes = typeof part === "string" ? toBytes(part) : part;
     return [bytes, new Uint8Array((TAR_BLOCK_BYTES - bytes.length % TAR_BLOCK_BYTES) % TAR_BLOCK_BYTES)];
   });
-  return concat(...padded, new Uint8Array(2 * TAR_BLOCK_BYTES));
+  return concat(...padded);
 }
 
-/** The body of a PAX header (typeflag `x` or `g`): lines of `LENGTH KEY=VALUE`. */
-export function paxRecords(record: Record<string, string>): Bytes {
-  return concat(...Object.entries(record).map(([key, value]) => paxLine(` ${key}=${value}\n`)));
+/** Returns the offsets of all headers of a valid archive, those of PAX and GNU extensions included. */
+export function headerOffsets(tar: Uint8Array): number[] {
+  const offsets: number[] = [];
+  for (let at = 0; at < tar.length && tar[at] !== 0;) {
+    offsets.push(at);
+    const size = parseInt(new TextDecoder().decode(tar.subarray(at + 124, at + 135)), 8);
+    at += TAR_BLOCK_BYTES * (1 + Math.ceil(size / TAR_BLOCK_BYTES));
+  }
+  return offsets;
 }
 
-function paxLine(rest: string): Bytes {
-  const bytes = toBytes(rest).length;
-  // The length counts its own digits, so it may need one more than a first guess.
-  let length = bytes + String(bytes).length;
-  if (String(length).length > String(bytes).length) length++;
-  return toBytes(`${length}${rest}`);
+/** Builds the body of a PAX header (typeflag `x` or `g`): lines of `LENGTH KEY=VALUE`. */
+export function paxRecords(records: Record<string, string | Uint8Array>): Bytes {
+  return concat(...Object.entries(records).map(([key, value]) => paxLine(concat(` ${key}=`, value, "\n"))));
+}
+
+function paxLine(rest: Uint8Array): Bytes {
+  // The length includes its own digits, so it may need one digit more than the first guess.
+  let length = rest.length + String(rest.length).length;
+  if (String(length).length > String(rest.length).length) length++;
+  return concat(String(length), rest);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Images: configs, manifests, indexes
 // ---------------------------------------------------------------------------------------------------------------------
 
-/** The platform of an index's entry. */
+/** Platform of an index entry. */
 export interface PlatformFields {
   architecture: string;
   os: string;
   variant?: string;
 }
 
-/** What a manifest or an index says about something that it names. */
+/** Descriptor of a blob or a manifest. */
 export interface DescriptorFields {
   mediaType: string;
   digest: string;
@@ -304,27 +374,27 @@ export interface DescriptorFields {
   annotations?: Record<string, string>;
 }
 
-/** A manifest or an index, ready to be pushed. */
+/** A manifest or an index that can be pushed. */
 export interface MadeManifest {
   manifest: Bytes;
   mediaType: string;
-  /** What a registry calls the manifest; for a signed schema 1 that is not the hash of all its bytes. */
+  /** Digest by which a registry serves the manifest. A signed schema 1 manifest is hashed without its signatures. */
   digest: string;
-  /** What an index says about it. */
+  /** Descriptor for an index. */
   descriptor: DescriptorFields;
 }
 
-/** A manifest with all that it names. */
+/** A manifest with its config and layers. */
 export interface MadeImage extends MadeManifest {
-  /** Empty for schema 1, which has none. */
+  /** Empty for schema 1, which has no config. */
   config: Bytes;
-  /** Layers and config by their digests. */
+  /** Layers and config by digest. */
   blobs: Map<string, Bytes>;
 }
 
-/** What an image is made of. */
+/** Describes an image to build. */
 export interface ImageFields {
-  /** Compressed or not, base first, so the final one is last. */
+  /** Base first; compressed or not. */
   layers: Uint8Array[];
   /** @default "amd64" */
   architecture?: string;
@@ -333,13 +403,13 @@ export interface ImageFields {
   variant?: string;
   /** @default "oci" */
   format?: "oci" | "docker";
-  /** @default what the layer's bytes look like */
+  /** @default detected from the layer's bytes */
   layerMediaType?: string;
-  /** Digests of the uncompressed layers, which saves inflating big ones. @default computed */
+  /** Digests of the uncompressed layers, for tests whose layers are too large to decompress. @default computed */
   diffIds?: string[];
 }
 
-/** Make an image of schema 2 or OCI. */
+/** Builds an OCI or Docker schema 2 image. */
 export function makeImage(fields: ImageFields): MadeImage {
   const { architecture = "amd64", os = "linux", variant, format = "oci" } = fields;
   const layers = fields.layers.map(asPlain);
@@ -364,7 +434,7 @@ export function makeImage(fields: ImageFields): MadeImage {
   return { manifest, mediaType, digest: descriptor.digest, config, blobs, descriptor };
 }
 
-/** Make an OCI index or a Docker manifest list. */
+/** Builds an OCI index or a Docker manifest list. */
 export function makeIndex(entries: DescriptorFields[], format: "oci" | "docker" = "oci"): MadeManifest {
   const mediaType = format === "oci" ? MEDIA.ociIndex : MEDIA.dockerList;
   const manifest = json({ schemaVersion: 2, mediaType, manifests: entries });
@@ -372,19 +442,39 @@ export function makeIndex(entries: DescriptorFields[], format: "oci" | "docker" 
   return { manifest, mediaType, digest: descriptor.digest, descriptor };
 }
 
-/** What a schema 1 image is made of. */
+/** Builds an OCI archive of one image, in which the blobs precede `index.json`, as skopeo writes it. */
+export function makeOciArchive(image: MadeImage): Bytes {
+  const blobs = [...image.blobs, [image.digest, image.manifest] as const];
+  const { platform: _, ...descriptor } = image.descriptor;
+  return packMembers([
+    { name: "oci-layout", data: json({ imageLayoutVersion: "1.0.0" }) },
+    ...blobs.map(([digest, data]) => ({ name: `blobs/${digest.replace(":", "/")}`, data })),
+    { name: "index.json", data: json({ schemaVersion: 2, manifests: [descriptor] }) },
+  ]);
+}
+
+/** Builds an archive as `docker save` does, of an image with these uncompressed layers. */
+export function makeDockerArchive(layers: Uint8Array[], { architecture = "amd64", os = "linux" } = {}): Bytes {
+  const config = json({ architecture, os, rootfs: { type: "layers", diff_ids: layers.map(sha256) } });
+  const configName = `${sha256(config).slice("sha256:".length)}.json`;
+  const files = layers.map((data, at) => ({ name: `${at}/layer.tar`, data }));
+  const manifest = [{ Config: configName, RepoTags: ["wheels:1.0"], Layers: files.map(({ name }) => name) }];
+  return packMembers([{ name: configName, data: config }, ...files, { name: "manifest.json", data: json(manifest) }]);
+}
+
+/** Describes a schema 1 image to build. */
 export interface Schema1Fields {
-  /** Base first, as for `makeImage`; the manifest lists them the other way round. */
+  /** Base first, as for `makeImage`. The manifest lists the final layer first. */
   layers: Uint8Array[];
-  /** The repository, which schema 1 names inside. */
+  /** Repository, which the manifest contains. */
   name: string;
   tag: string;
   architecture: string;
-  /** Wrap it as Docker did, in a JWS signed with a key of its own. @default false */
+  /** Wraps the manifest in a JWS signed with a new key, as Docker does. @default false */
   signed?: boolean;
 }
 
-/** Make an image of the old schema 1. */
+/** Builds an image in Docker's schema 1. */
 export function makeSchema1({ layers, name, tag, architecture, signed = false }: Schema1Fields): MadeImage {
   const topFirst = layers.map(asPlain).reverse();
   const ids = topFirst.map((layer, at) => sha256(concat(`${at} `, layer)).slice("sha256:".length));
@@ -392,7 +482,7 @@ export function makeSchema1({ layers, name, tag, architecture, signed = false }:
     const parent = ids[at + 1];
     return { id, ...(parent !== undefined && { parent }), created: FIXED_DATE, architecture, os: "linux", config: {} };
   });
-  // Three blanks: what Docker used, and what the JWS below cuts its payload by.
+  // Docker indents by three blanks. The JWS refers to the payload's exact bytes.
   const payload = JSON.stringify(
     {
       schemaVersion: 1,
@@ -407,14 +497,14 @@ export function makeSchema1({ layers, name, tag, architecture, signed = false }:
   );
   const manifest = toBytes(signed ? signSchema1(payload) : payload);
   const mediaType = signed ? MEDIA.dockerSchema1Signed : MEDIA.dockerSchema1;
-  // The signatures are no part of what the digest covers.
+  // The digest does not cover the signatures.
   const digest = sha256(toBytes(payload));
   const descriptor = { mediaType, digest, size: manifest.length, platform: { architecture, os: "linux" } };
   const blobs = new Map(topFirst.map((layer) => [sha256(layer), layer]));
   return { manifest, mediaType, digest, config: new Uint8Array(), blobs, descriptor };
 }
 
-/** Docker's "pretty" JWS: the signatures stand inside the payload's own braces, which `protected` tells how to undo. */
+/** Builds Docker's "pretty" JWS: signatures inside the payload's braces; `protected` says how to remove them. */
 function signSchema1(payload: string): string {
   const tail = "\n}";
   const head = payload.slice(0, -tail.length);
@@ -440,7 +530,7 @@ function signSchema1(payload: string): string {
   return `${head},\n   "signatures": ${nested}${tail}`;
 }
 
-/** The name that Docker's signatures give a key: 240 bits of its hash in base 32, by fours. */
+/** Returns the key ID of Docker's signatures: 240 bits of the key's hash in base 32, in groups of four letters. */
 function keyFingerprint(der: Uint8Array): string {
   const alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZ234567";
   let bits = 0n;
@@ -454,7 +544,7 @@ function base64url(text: string): string {
 }
 
 function asPlain(bytes: Uint8Array): Bytes {
-  // A copy only where the type asks for one: layers may be big.
+  // Layers may be large, so copy only shared buffers.
   return bytes.buffer instanceof ArrayBuffer ? bytes as Bytes : new Uint8Array(bytes);
 }
 
@@ -479,7 +569,7 @@ function layerMediaType(layer: Uint8Array, format: "oci" | "docker"): string {
   return { gzip: MEDIA.ociLayerGzip, zstd: MEDIA.ociLayerZstd, none: MEDIA.ociLayer }[compressionOf(layer)];
 }
 
-/** The layer's archive; broken layers, which tests make on purpose, stand for themselves. */
+/** Decompresses a layer. Returns layers that are corrupt on purpose unchanged. */
 function inflate(layer: Bytes): Uint8Array {
   try {
     switch (compressionOf(layer)) {

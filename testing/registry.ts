@@ -1,8 +1,7 @@
 /**
- * A container registry inside the test's own process, with a place for blobs on another origin, a token service, TLS,
- * and faults: everything that a client meets between `GET /v2/` and the last byte.
+ * A container registry inside the test's own process, with blobs on another origin, a token service, TLS, and faults.
  *
- * Each origin is a `Deno.serve` behind a relay of bytes. A server cannot take back a connection, a relay can.
+ * Each origin is a `Deno.serve` behind a relay of bytes, because a server cannot drop a connection and a relay can.
  *
  * @module
  */
@@ -10,12 +9,15 @@
 import { Buffer } from "node:buffer";
 import { randomUUID } from "node:crypto";
 import { setTimeout as delay } from "node:timers/promises";
+import type { Certificate } from "./certificates.ts";
 import { type Bytes, sha256 } from "./images.ts";
 
-/** Who answers: the registry, the place that its blobs' redirects lead to, or the token service. */
+export { type Certificate, makeCertificate } from "./certificates.ts";
+
+/** The server of an origin: the registry, the storage that blobs are redirected to, or the token service. */
 export type OriginName = "registry" | "storage" | "token";
 
-/** One request, as it arrived. */
+/** One request, as received. */
 export interface LoggedRequest {
   origin: OriginName;
   method: string;
@@ -23,15 +25,15 @@ export interface LoggedRequest {
   /** The query, with its `?`. */
   search: string;
   headers: Headers;
-  /** What was answered; 0 as long as nothing is. */
+  /** Status of the answer; 0 until there is an answer. */
   status: number;
   /** The `Range` header. */
   range?: string;
-  /** The form that was posted to the token service. */
+  /** Form of a POST to the token service. */
   body?: string;
 }
 
-/** What a hook or a function of faults is told of a request. */
+/** Argument of hooks and of functions that choose faults. */
 export interface RequestContext {
   origin: OriginName;
   method: string;
@@ -43,44 +45,44 @@ export interface RequestContext {
 }
 
 /**
- * Something that goes wrong with one answer. Those of one answer add up: which bytes are answered (`ignoreRange`,
- * `wrongRange`, `flipBit`, `short`), then how they flow (`trickle`), then how that ends (`stall`, `dieAt`: whichever
- * comes first). An answer that is no body at all (`reset`, `status`, `expiredToken`, `expiredSignature`) beats them.
+ * A fault of one answer. Faults of one answer combine: which bytes are sent (`ignoreRange`, `wrongRange`, `flipBit`,
+ * `short`), then how fast (`trickle`), then how the body ends (the earlier of `stall` and `dieAt`). Faults that replace
+ * the answer (`reset`, `status`, `expiredToken`, `expiredSignature`) win over all others.
  */
 export type Fault =
-  /** Drop the connection after so many bytes of this body, having promised all of it. */
+  /** Drop the connection after this many bytes of the body; Content-Length announces all of it. */
   | { kind: "dieAt"; byte: number }
-  /** Fall silent after so many bytes of this body, until the client goes or the registry closes. */
+  /** Send nothing after this many bytes of the body, until the client or the registry closes. */
   | { kind: "stall"; byte: number }
   | { kind: "trickle"; bytesPerSecond: number }
-  /** End this body properly after so many bytes, with a length that says so or, chunked, with none. */
+  /** End the body after this many bytes, with a Content-Length to match or, if chunked, without one. */
   | { kind: "short"; byte: number; chunked?: boolean }
   /**
-   * Answer a range that begins so many bytes later (or earlier). `Content-Range` says so, or, with `claim: "asked"`,
-   * claims the range that was asked for; `total` stands in the place of the blob's size.
+   * Answer with a range that begins this many bytes later (earlier, if negative). `Content-Range` names that range or,
+   * with `claim: "asked"`, the requested one; `total` replaces the blob's size.
    */
   | { kind: "wrongRange"; shift: number; claim?: "shifted" | "asked"; total?: number }
-  /** Answer 200 and everything. */
+  /** Answer 200 with the whole blob. */
   | { kind: "ignoreRange" }
-  /** Flip a bit in this byte of the blob (not of this body), if it is among those that are sent. */
+  /** Flip a bit in this byte of the blob (not of the body), if the byte is sent. */
   | { kind: "flipBit"; byte: number }
   | { kind: "status"; code: number; headers?: Record<string, string>; body?: string }
-  /** 401 and a challenge, whatever token came; at the registry only. */
+  /** Answer 401 and a challenge to any token; at the registry only. */
   | { kind: "expiredToken" }
-  /** 403 in XML, as object stores put it; at the storage only. */
+  /** Answer 403 in XML as object stores do; at the storage only. */
   | { kind: "expiredSignature" }
-  /** Drop the connection before any answer. */
+  /** Drop the connection without an answer. */
   | { kind: "reset" };
 
-/** How the second origin, where the blobs lie, is reached. */
+/** How requests for blobs are redirected to the storage origin. */
 export interface StorageOptions {
-  /** Redirect to URLs that are signed. @default false */
+  /** Redirect to signed URLs. @default false */
   signed?: boolean;
-  /** For how many seconds a signature holds. @default 300 */
+  /** Seconds that a signature is valid. @default 300 */
   expiresIn?: number;
-  /** How many requests a signature holds for. @default Infinity */
+  /** Number of requests that a signature is valid for. @default Infinity */
   uses?: number;
-  /** The redirect's status. @default 307 */
+  /** Status of the redirect. @default 307 */
   status?: 301 | 302 | 303 | 307 | 308;
 }
 
@@ -88,34 +90,34 @@ export interface StorageOptions {
 export interface RegistryOptions {
   /** @default "none" */
   auth?: "none" | "basic" | "bearer";
-  /** Passwords by user name. With `bearer` and no users, tokens are given to anyone who shows no credentials. */
+  /** Passwords by user name. With `bearer` and no users, requests without credentials get a token. */
   users?: Record<string, string>;
-  /** Refresh tokens that a POST to the token service may show; without any, it refuses to be posted to. */
+  /** Refresh tokens that the token service accepts by POST; without any, it answers 405 to POST. */
   identityTokens?: string[];
-  /** The field of the token service's answer. @default "token" */
+  /** Field that holds the token in the token service's answer. @default "token" */
   tokenField?: "token" | "access_token";
-  /** For how many seconds a token holds; 60, unsaid, if this is not given. */
+  /** Seconds that a token is valid. Without it, 60 seconds, and the answer has no `expires_in`. */
   expiresIn?: number;
-  /** The `WWW-Authenticate` header instead of the usual one; `scope` is empty for `/v2/`. */
+  /** Replaces the `WWW-Authenticate` header; `scope` is empty for `/v2/`. */
   challenge?: string | ((challenge: { realm: string; service: string; scope: string }) => string);
   /** Redirect requests for blobs to another origin. @default false */
   storage?: boolean | StorageOptions;
+  /**
+   * Answer `/referrers/`; without it the answer is 404, as before version 1.1 of the distribution specification. An
+   * artifact type stands in every entry instead of the manifest's own, as GHCR's does.
+   * @default true
+   */
+  referrers?: boolean | { artifactType: string };
   /** Certificate and key in PEM, for all origins. */
   tls?: Certificate;
-  /** Asked first; what it returns is the answer. */
+  /** Called first; a response that it returns is the answer. */
   onRequest?: (
     request: Request,
     context: RequestContext,
   ) => Response | undefined | Promise<Response | undefined>;
 }
 
-/** A certificate and its private key, both in PEM. */
-export interface Certificate {
-  cert: string;
-  key: string;
-}
-
-/** What `pushImage` takes: a `MadeImage`, or just these fields of one. */
+/** An image to push: a `MadeImage`, or these fields of one. */
 export interface PushableImage {
   manifest: Bytes;
   mediaType: string;
@@ -123,7 +125,7 @@ export interface PushableImage {
   blobs: Map<string, Bytes>;
 }
 
-/** Start a registry on a free port of 127.0.0.1. Close it with `await using`. */
+/** Starts a registry on a free port of 127.0.0.1. Close it with `await using`. */
 export function startRegistry(options: RegistryOptions = {}): TestRegistry {
   return new TestRegistry(options);
 }
@@ -133,8 +135,8 @@ const CHUNK_BYTES = 64 * 1024;
 const DEFAULT_TOKEN_SECONDS = 60;
 const DEFAULT_SIGNATURE_SECONDS = 300;
 
-/** Text that is a path of the registry's protocol: name, kind, reference. */
-const API_PATH = /^\/v2\/(?:(.+)\/(manifests|blobs)\/([^/]+))?$/;
+/** A path of the registry's protocol: name, kind, reference. */
+const API_PATH = /^\/v2\/(?:(.+)\/(manifests|blobs|referrers)\/([^/]+))?$/;
 
 interface StoredManifest {
   bytes: Bytes;
@@ -142,9 +144,9 @@ interface StoredManifest {
 }
 
 interface Grant {
-  /** The scope that a token was given for, or the blob that a signature was given for. */
+  /** Scope of a token, or path of the blob of a signature. */
   subject: string;
-  /** In milliseconds of the clock. */
+  /** Milliseconds since 1970. */
   expires: number;
   usesLeft: number;
 }
@@ -155,9 +157,9 @@ interface Grant {
 
 /** A running registry; made by `startRegistry()`. */
 export class TestRegistry implements AsyncDisposable {
-  /** Every request to any origin, in the order of arrival. */
+  /** All requests to all origins, in the order of arrival. */
   readonly requests: LoggedRequest[] = [];
-  /** Faults of each request for a blob's bytes, at either origin; or a function that is asked about every request. */
+  /** Faults of every request for a blob, at either origin; or a function that returns the faults of a request. */
   faults: Fault[] | ((context: RequestContext) => Fault[]) = [];
 
   readonly #options: RegistryOptions;
@@ -179,7 +181,7 @@ export class TestRegistry implements AsyncDisposable {
     }
   }
 
-  /** `127.0.0.1:PORT`, as it stands before an image's name. */
+  /** `127.0.0.1:PORT`, the host of an image reference. */
   get host(): string {
     return this.#origin("registry").host;
   }
@@ -189,23 +191,28 @@ export class TestRegistry implements AsyncDisposable {
     return this.#origin("registry").url;
   }
 
-  /** The origin of the blobs, if there is one. */
+  /** Origin of the storage, if there is one. */
   get storageUrl(): string | undefined {
     return this.#origins.storage?.url;
   }
 
-  /** The origin of the token service, if there is one. */
+  /** Origin of the token service, if there is one. */
   get tokenUrl(): string | undefined {
     return this.#origins.token?.url;
   }
 
-  /** Store a blob, under its sha256 unless another (or a wrong) digest is given; every repository has it. */
+  /** Whether this registry has the referrers API. */
+  get hasReferrers(): boolean {
+    return this.#options.referrers !== false;
+  }
+
+  /** Stores a blob under its sha256 or under the given digest, which may be wrong; every repository has the blob. */
   pushBlob(bytes: Bytes, digest: string = sha256(bytes)): string {
     this.#blobs.set(digest, bytes);
     return digest;
   }
 
-  /** Store a manifest or an index under a tag, or under a digest that may be wrong, and under its own sha256. */
+  /** Stores a manifest or an index under its sha256, and under a tag or a digest that may be wrong. */
   pushManifest(repository: string, tagOrDigest: string, bytes: Bytes, mediaType: string): string {
     const digest = sha256(bytes);
     const stored = this.#manifests.get(repository) ?? new Map<string, StoredManifest>();
@@ -214,7 +221,7 @@ export class TestRegistry implements AsyncDisposable {
     return digest;
   }
 
-  /** Store an image: all its blobs, and its manifest under the tag and under its digest. */
+  /** Stores an image: all its blobs, and its manifest under the tag and under its digest. */
   pushImage(repository: string, tag: string, image: PushableImage): string {
     for (const [digest, blob] of image.blobs) this.pushBlob(blob, digest);
     this.pushManifest(repository, image.digest, image.manifest, image.mediaType);
@@ -222,22 +229,22 @@ export class TestRegistry implements AsyncDisposable {
     return image.digest;
   }
 
-  /** Refuse all tokens that were given so far. */
+  /** Invalidates all tokens that were issued so far. */
   revokeTokens(): void {
     this.#tokens.clear();
   }
 
-  /** Refuse all signed URLs that were given so far. */
+  /** Invalidates all signed URLs that were issued so far. */
   revokeSignatures(): void {
     this.#signatures.clear();
   }
 
-  /** Drop every connection that is open now. */
+  /** Drops all open connections. */
   dropConnections(): void {
     for (const origin of Object.values(this.#origins)) origin.dropAll();
   }
 
-  /** Close at once, whatever is going on. */
+  /** Closes at once, also in the middle of an answer. */
   async [Symbol.asyncDispose](): Promise<void> {
     this.#closing.abort();
     await Promise.all(Object.values(this.#origins).map((origin) => origin.close()));
@@ -263,7 +270,7 @@ export class TestRegistry implements AsyncDisposable {
     const faults = this.#faultsOf(context);
     if (faults.some(({ kind }) => kind === "reset")) {
       drop();
-      return new Response(null, { status: 500 }); // which nobody hears
+      return new Response(null, { status: 500 }); // The client is gone.
     }
     const response = await this.#hooked(request, context) ?? await this.#answer(request, { context, faults, logged });
     logged.status = response.status;
@@ -276,7 +283,7 @@ export class TestRegistry implements AsyncDisposable {
     return isBlob ? this.faults : [];
   }
 
-  /** The hook's answer. One that never comes must not keep the registry from closing. */
+  /** Returns the hook's answer. A hook that never answers must not keep the registry from closing. */
   async #hooked(request: Request, context: RequestContext): Promise<Response | undefined> {
     const { onRequest } = this.#options;
     if (onRequest === undefined) return undefined;
@@ -320,6 +327,8 @@ export class TestRegistry implements AsyncDisposable {
         return this.#answerManifest(request, { name, reference, faults });
       case "blobs":
         return this.#answerBlob(request, reference, faults);
+      case "referrers":
+        return this.#answerReferrers(request, { name, reference, faults });
       default:
         return new Response("{}", { headers: { "content-type": "application/json", ...API_VERSION } });
     }
@@ -330,12 +339,37 @@ export class TestRegistry implements AsyncDisposable {
     if (repository === undefined) return apiError(404, "NAME_UNKNOWN", "repository name not known to registry");
     const stored = repository.get(reference);
     if (stored === undefined) return apiError(404, "MANIFEST_UNKNOWN", "manifest unknown");
-    // A digest that was asked for is what a registry answers, also where its content hashes to another.
+    // Report the requested digest even if the stored bytes do not match, so that tests can serve wrong content.
     const digest = reference.includes(":") ? reference : this.#digestOfTag(repository, stored);
     return deliver(request, { ...stored, digest, ranges: false }, { faults, closing: this.#closing.signal });
   }
 
-  /** The name that the same manifest has, which for a signed schema 1 is not its hash. */
+  /** Lists the manifests with this subject, in an index that may be empty (specification, "Listing Referrers"). */
+  #answerReferrers(request: Request, { name, reference, faults }: ManifestRequest): Response {
+    if (!this.hasReferrers) return apiError(404, "NOT_FOUND", "page not found");
+    const filter = new URL(request.url).searchParams.get("artifactType");
+    const stored = new Map([...this.#manifests.get(name) ?? []].map(([, it]) => [sha256(it.bytes), it]));
+    const manifests = [...stored].flatMap(([digest, it]) => this.#referrerEntry(digest, it, reference))
+      .filter(({ artifactType }) => filter === null || artifactType === filter);
+    const mediaType = "application/vnd.oci.image.index.v1+json";
+    const bytes = new TextEncoder().encode(JSON.stringify({ schemaVersion: 2, mediaType, manifests }));
+    const content = { bytes, mediaType, digest: sha256(bytes), ranges: false };
+    const response = deliver(request, content, { faults, closing: this.#closing.signal });
+    response.headers.delete("docker-content-digest");
+    if (filter !== null) response.headers.set("oci-filters-applied", "artifactType");
+    return response;
+  }
+
+  #referrerEntry(digest: string, { bytes, mediaType }: StoredManifest, subject: string): ReferrerEntry[] {
+    const manifest = parseObject(bytes);
+    if (manifest.subject?.digest !== subject) return [];
+    const { referrers } = this.#options;
+    const own = manifest.artifactType ?? manifest.config?.mediaType;
+    const artifactType = typeof referrers === "object" ? referrers.artifactType : own;
+    return [{ mediaType, digest, size: bytes.length, artifactType, annotations: manifest.annotations }];
+  }
+
+  /** Returns the digest of a manifest; a signed schema 1 manifest's digest is not the hash of its bytes. */
   #digestOfTag(repository: Map<string, StoredManifest>, stored: StoredManifest): string {
     const own = sha256(stored.bytes);
     for (const [reference, { bytes }] of repository) {
@@ -375,7 +409,7 @@ export class TestRegistry implements AsyncDisposable {
     const digest = path.replace(/^\/data\//, "").replace("/", ":");
     const bytes = this.#blobs.get(digest);
     if (bytes === undefined) return xmlError(404, "NoSuchKey");
-    // Object stores refuse a request that proves itself twice, so a leaked header shows at once.
+    // Object stores reject a signed URL together with Authorization; this detects a header that leaks.
     if (this.#storage.signed && request.headers.has("authorization")) return xmlError(400, "InvalidArgument");
     if (faultOf(faults, "expiredSignature") !== undefined || !this.#isSigned(request, path)) {
       return xmlError(403, "AccessDenied", "Request has expired");
@@ -405,7 +439,7 @@ export class TestRegistry implements AsyncDisposable {
     }
   }
 
-  /** Whether this is a user's `name:password` in base64. */
+  /** Reports whether this is a user's `name:password` in base64. */
   #isUser(value: string): boolean {
     const text = Buffer.from(value, "base64").toString("utf8");
     const colon = text.indexOf(":");
@@ -448,7 +482,7 @@ export class TestRegistry implements AsyncDisposable {
     const accepted = form.get("grant_type") === "refresh_token" &&
       identityTokens.includes(form.get("refresh_token") ?? "");
     if (!accepted) return apiError(401, "UNAUTHORIZED", "invalid refresh token");
-    // OAuth 2 knows one name of the field, whatever the GET calls it.
+    // OAuth 2 always calls the field `access_token` (RFC 6749, section 5.1).
     return this.#grantToken((form.get("scope") ?? "").split(" "), "access_token");
   }
 
@@ -473,6 +507,31 @@ interface ManifestRequest {
   faults: Fault[];
 }
 
+interface ReferrerEntry {
+  mediaType: string;
+  digest: string;
+  size: number;
+  artifactType?: string;
+  annotations?: Record<string, string>;
+}
+
+/** The fields of a manifest that concern its referrers. */
+interface ReferrerManifest {
+  artifactType?: string;
+  config?: { mediaType?: string };
+  subject?: { digest?: string };
+  annotations?: Record<string, string>;
+}
+
+/** Parses a manifest; tests also store bodies that are not JSON. */
+function parseObject(bytes: Bytes): ReferrerManifest {
+  try {
+    return Object(JSON.parse(new TextDecoder().decode(bytes)));
+  } catch {
+    return {};
+  }
+}
+
 const API_VERSION = { "docker-distribution-api-version": "registry/2.0" };
 
 function apiError(status: number, code: string, message: string): Response {
@@ -489,7 +548,7 @@ function scopeOf(name: string): string {
   return name && `repository:${name}:pull`;
 }
 
-/** Whether this secret was given, for this subject (or for one among several), and holds; it is used by asking. */
+/** Reports whether this secret is valid for the subject, and uses up one of its requests. */
 function useGrant(grants: Map<string, Grant>, secret: string, subject: string): boolean {
   const grant = grants.get(secret);
   if (grant === undefined || grant.expires <= Date.now() || grant.usesLeft <= 0) return false;
@@ -503,7 +562,7 @@ function faultOf<K extends Fault["kind"]>(faults: Fault[], kind: K): Extract<Fau
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Bodies: which bytes, and how they flow
+// Bodies: which bytes are sent, and how fast
 // ---------------------------------------------------------------------------------------------------------------------
 
 interface Content {
@@ -518,7 +577,7 @@ interface Conditions {
   closing: AbortSignal;
 }
 
-/** From `start` up to, not including, `end`. */
+/** Bytes from `start` up to but not including `end`. */
 interface Segment {
   start: number;
   end: number;
@@ -550,7 +609,7 @@ function deliver(request: Request, content: Content, { faults, closing }: Condit
   return new Response(stream, { status: asked === undefined ? 200 : 206, headers });
 }
 
-/** What the client asks for, if that is one range and its `If-Range` still holds. */
+/** Returns the requested range; undefined for all bytes, or if `If-Range` does not match. */
 function requestedSegment(headers: Headers, size: number, etag: string): Segment | "unsatisfiable" | undefined {
   const match = /^bytes=(\d*)-(\d*)$/.exec(headers.get("range")?.trim() ?? "");
   const [, first = "", last = ""] = match ?? [];
@@ -566,7 +625,7 @@ function requestedSegment(headers: Headers, size: number, etag: string): Segment
   return start >= size ? "unsatisfiable" : { start, end };
 }
 
-/** Move a segment, but leave at least one byte of it within the blob. */
+/** Moves a segment, and keeps at least one byte of it within the blob. */
 function shifted({ start, end }: Segment, shift: number, size: number): Segment {
   const moved = Math.min(Math.max(start + shift, 0), size - 1);
   return { start: moved, end: Math.min(Math.max(end + shift, moved + 1), size) };
@@ -582,14 +641,14 @@ function faultyBytes(bytes: Bytes, { start, end }: Segment, faults: Fault[]): By
   return flipped;
 }
 
-/** A body that ends early is what makes `Deno.serve` drop a connection that was promised more. */
+/** Streams a body. `Deno.serve` drops the connection if a body is shorter than its Content-Length. */
 function flow(body: Bytes, { faults, closing }: Conditions): ReadableStream<Bytes> {
   const dieAt = faultOf(faults, "dieAt")?.byte ?? Infinity;
   const stallAt = faultOf(faults, "stall")?.byte ?? Infinity;
   const rate = faultOf(faults, "trickle")?.bytesPerSecond ?? Infinity;
   const end = Math.min(body.length, dieAt, stallAt);
   const stalls = stallAt === end && end < Math.min(body.length, dieAt);
-  // Ten pieces a second look like a slow line, not like a line that comes and goes.
+  // Ten chunks per second resemble a slow connection, not one with interruptions.
   const step = Math.max(1, Math.min(CHUNK_BYTES, Math.floor(rate / 10)));
   const gone = new AbortController();
   const over = AbortSignal.any([closing, gone.signal]);
@@ -616,12 +675,12 @@ async function untilAborted(signal: AbortSignal): Promise<void> {
 }
 
 async function pause(milliseconds: number, signal: AbortSignal): Promise<void> {
-  // The caller looks at the signal itself.
+  // The caller checks the signal.
   await delay(milliseconds, undefined, { signal }).catch(() => {});
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Origins: a server, and the relay before it that can drop a connection
+// Origins: a server behind a relay that can drop connections
 // ---------------------------------------------------------------------------------------------------------------------
 
 type Handler = (request: Request, drop: () => void) => Promise<Response>;
@@ -636,7 +695,7 @@ class Origin {
   readonly url: string;
   readonly #server: Deno.HttpServer<Deno.NetAddr>;
   readonly #listener: Deno.TcpListener;
-  /** By the port that the server knows the connection by. */
+  /** Keyed by the relay's port, which the server sees as the client's. */
   readonly #connections = new Map<number, Connection>();
   readonly #relays = new Set<Promise<void>>();
   readonly #accepting: Promise<void>;
@@ -671,7 +730,7 @@ class Origin {
     const connection = this.#connections.get(port);
     if (connection === undefined) return;
     this.#connections.delete(port);
-    for (const side of [connection.client, connection.server]) quietlyClose(side);
+    for (const side of [connection.client, connection.server]) closeQuietly(side);
   }
 
   async #accept(): Promise<void> {
@@ -688,59 +747,29 @@ class Origin {
     if (this.#closed) return this.#drop(port);
     client.setNoDelay();
     server.setNoDelay();
-    // An end of either side is the end of both: HTTP has no use for half a connection.
+    // Close both sides when either ends, because HTTP does not use half-closed connections.
     const done = () => this.#drop(port);
-    await Promise.all([copy(client, server).finally(done), copy(server, client).finally(done)]);
+    await Promise.all([copyBytes(client, server).finally(done), copyBytes(server, client).finally(done)]);
   }
 }
 
-async function copy(from: Deno.TcpConn, to: Deno.TcpConn): Promise<void> {
+/** Copies bytes until either connection ends. */
+export async function copyBytes(from: Deno.TcpConn, to: Deno.TcpConn): Promise<void> {
   const buffer = new Uint8Array(4 * CHUNK_BYTES);
   try {
     for (let length = await from.read(buffer); length !== null; length = await from.read(buffer)) {
       for (let at = 0; at < length;) at += await to.write(buffer.subarray(at, length));
     }
   } catch {
-    // The other direction, a fault or the client closed it, which is what a relay is for.
+    // The other direction, a fault or the client closed the connection.
   }
 }
 
-function quietlyClose(connection: Deno.TcpConn): void {
+/** Closes a connection that may already be closed. */
+export function closeQuietly(connection: Deno.TcpConn): void {
   try {
     connection.close();
   } catch {
-    // It is closed already.
-  }
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Certificates
-// ---------------------------------------------------------------------------------------------------------------------
-
-let certificate: Promise<Certificate> | undefined;
-
-/** A self-signed certificate for localhost and 127.0.0.1 that is its own CA; made once, by `openssl`. */
-export function makeCertificate(): Promise<Certificate> {
-  certificate ??= runOpenssl();
-  return certificate;
-}
-
-async function runOpenssl(): Promise<Certificate> {
-  const folder = await Deno.makeTempDir();
-  try {
-    const [cert, key] = [`${folder}/cert.pem`, `${folder}/key.pem`];
-    const { success, stderr } = await new Deno.Command("openssl", {
-      // deno-fmt-ignore
-      args: [
-        "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "30",
-        "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1",
-        "-addext", "basicConstraints=critical,CA:TRUE", "-keyout", key, "-out", cert,
-      ],
-      stdin: "null",
-    }).output();
-    if (!success) throw new Error(`openssl failed: ${new TextDecoder().decode(stderr)}`);
-    return { cert: await Deno.readTextFile(cert), key: await Deno.readTextFile(key) };
-  } finally {
-    await Deno.remove(folder, { recursive: true });
+    // Already closed.
   }
 }
