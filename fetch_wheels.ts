@@ -1,12 +1,12 @@
-#!/usr/bin/env -S deno run --allow-net --allow-read --allow-write --allow-env=WHEELS*,REGISTRY_*,PROJECT,FETCH_WHEELS_CACHE,DOCKER_CONFIG,HOME,HTTPS_PROXY,NO_PROXY,https_proxy,no_proxy
+#!/usr/bin/env -S deno run --allow-net --allow-read --allow-write --allow-env=WHEELS*,PROJECT,REGISTRY_*,FETCH_WHEELS_*,DOCKER_*,XDG_*,SSL_CERT_FILE,HOME,PATH,TERM,HTTPS_PROXY,HTTP_PROXY,ALL_PROXY,NO_PROXY,https_proxy,http_proxy,all_proxy,no_proxy
 /**
- * Takes the final layer out of a container image, straight from its registry, checks every byte, and leaves the Python
+ * Downloads the final layer of a container image straight from its registry, verifies every byte, and leaves the Python
  * wheels in a directory, all or nothing, ready for `pip install --no-index --find-links`.
  *
  * On a command line:
  *
  * ```sh
- * deno run --allow-net --allow-read --allow-write --allow-env fetch_wheels.ts -d wheels loci/requirements:master-ubuntu_jammy
+ * deno run -P fetch_wheels.ts -d wheels loci/requirements:master-ubuntu_jammy
  * ```
  *
  * In a program:
@@ -14,104 +14,107 @@
  * ```ts ignore
  * import { fetchWheels } from "./fetch_wheels.ts";
  *
- * const { files, layer } = await fetchWheels("registry.example/ns/wheels:1.0", { dest: "wheels" });
- * console.log(`${files.length} files from ${layer?.digest}`);
+ * const { files, layers } = await fetchWheels("registry.example/ns/wheels:1.0", { dest: "wheels" });
+ * console.log(`${files.length} files from ${layers[0]?.digest}`);
  * ```
  *
- * Contents, which is the way that the data takes:
+ * Contents, in the order of the data:
  *
- *      fetchWheels()  the summary
- *  1   Reference      text to {registry, repository, tag, digest}
- *  2   Credentials    where a user name and a password come from
- *  3   Transport      one request: TLS, proxy, timeouts, retries, redirects followed by hand
- *  4   Auth           a 401's challenges to an Authorization header
- *  5   Manifest       tag to index to manifest to layer descriptor, each body checked against its digest
- *  6   Layer          the blob's verified bytes (whole, resumed, in parallel ranges, kept in a cache), decompressed
- *  7   Tar            members, made safe
- *  8   Disk           staging, publishing, cleaning up
- *  9   Sources        the same bytes from a URL, a file, an OCI layout or an archive
- * 10   Command line   options, help, output, exit code
+ *      fetchWheels()  the whole story on one page
+ *  0   Helpers        errors, text that is safe to print, JSON, files
+ *  1   Reference      text to {registry, repository, tag, digest}; platforms
+ *  2   Credentials    where a user name and password, or an identity token, come from
+ *  3   HTTP           one request: proxy, TLS, timeout, retry, redirects
+ *  4   Registry       challenge to Authorization; manifests; blobs, resumed and in ranges
+ *  5   Stores         the same answers from a mirror, a cache, an OCI layout, an archive
+ *  6   Manifest       reference to index to manifest to what is to be fetched; signatures
+ *  7   Bytes          verified, decompressed
+ *  8   Archive        the tar reader; members made safe, selected
+ *  9   Extract        members into the staging tree; the worker; wheels
+ * 10   Publish        staging directory, locks, DEST; the tarball as it is
+ * 11   Command line   options, help, progress, output, exit code
  *
  * @module
  */
 
 import { Buffer } from "node:buffer";
-import { createHash } from "node:crypto";
-import { once } from "node:events";
+import * as crypto from "node:crypto";
 import * as fs from "node:fs";
+import * as http from "node:http";
 import * as https from "node:https";
+import * as net from "node:net";
 import { basename, dirname, join, posix, resolve as resolvePath } from "node:path";
 import process from "node:process";
-import { Readable } from "node:stream";
+import { setTimeout as sleep } from "node:timers/promises";
 import * as tls from "node:tls";
-import { Command, CommanderError, InvalidArgumentError, Option } from "npm:commander@^15.1.0";
+import { Command, CommanderError, Option } from "npm:commander@^15.1.0";
 import { Gunzip, ZstdDecompress } from "npm:minizlib@^3.1.0";
 // @ts-types="npm:@types/picomatch@^4.0.0"
 import picomatch from "npm:picomatch@^4.0.3";
 
-const VERSION = "0.1.0";
+const VERSION = "0.2.0";
 
 const DEFAULT_DEST = "/tmp/wheels";
 const DEFAULT_WHEELS_FILE = "/opt/loci/wheels";
 const DEFAULT_RETRIES = 5;
-/** Seconds without a byte after which a connection counts as dead. */
-const DEFAULT_TIMEOUT = 30;
-
-/** Before the first retry, doubled for each further one, drawn at random below (full jitter). */
-const FIRST_DELAY_MS = 500;
-const LONGEST_DELAY_MS = 30_000;
-/** A build that would wait longer than this does better to fail and say why. */
-const LONGEST_RETRY_AFTER_MS = 60_000;
-/** A link that drops again and again may cost this many tries for each one that may fail without a byte in between. */
-const WHOLE_RETRIES_FACTOR = 20;
+const MAX_RETRIES = 1000;
+const DEFAULT_TIMEOUT = 30; // seconds without a byte after which a connection is given up
+const MAX_TIMEOUT = 86_400;
 const DEFAULT_CONNECTIONS = 4;
 const MAX_CONNECTIONS = 16;
-/** Below this a second connection costs more than it brings. */
-const PARALLEL_FROM_BYTES = 32 * 1024 * 1024;
-/** Memory is bounded by this times the connections: measured, the largest that keeps four of them under 200 MiB in all. */
-const RANGE_BYTES = 4 * 1024 * 1024;
-/** Below this a second thread takes longer to start than it saves. */
-const WORKER_FROM_BYTES = 128 * 1024 * 1024;
-/** Often enough to look alive, and seldom enough to cost nothing. */
-const REDRAW_MS = 100;
-/** After a signal, the time for cleaning up; then the process ends. */
-const SHUTDOWN_MS = 1500;
-const CONSTRAINTS = "upper-constraints.txt";
-const WORKER_NAME = "fetch_wheels extraction";
-const BATCH_BYTES = 512 * 1024;
-/** Batches that may be on their way to the worker, which bounds the memory that they take. */
-const BATCHES_AHEAD = 4;
+
+const FIRST_DELAY_MS = 500; // doubled for each further delay, which is random below it (full jitter)
+const MAX_DELAY_MS = 30_000;
+const MAX_RETRY_AFTER_MS = 60_000; // a build that would wait longer fails at once and says why
+const TOTAL_RETRIES_FACTOR = 20; // bounds the failures of a whole download, as a multiple of the retries
+const RETRY_REPORT_MS = 1000; // retries of several connections within this time are reported once
+const DOCUMENT_TIMEOUT_FACTOR = 4; // a small document may take this many times the timeout in all
 const MAX_REDIRECTS = 10;
-const LOCK_NAME = "lock";
-/** A staging directory as young as this may not have its lock yet. */
-const YOUNG_MS = 60_000;
-/** The distribution specification lets registries refuse larger manifests, and so clients may too. */
-const MAX_MANIFEST_BYTES = 4 * 1024 * 1024;
+
+const MAX_MANIFEST_BYTES = 4 * 1024 * 1024; // the distribution specification lets registries refuse larger ones
 const MAX_TOKEN_BYTES = 1024 * 1024;
-/** Of an error's body, only so much is read and shown. */
-const MAX_ERROR_BYTES = 64 * 1024;
-/** Of a name in a message, only so many characters are shown. */
-const MAX_SHOWN = 300;
+const MAX_ERROR_BYTES = 64 * 1024; // of an error's body
+const MAX_SHOWN = 300; // characters of a name in a message
 const MAX_INDEX_DEPTH = 5;
-/** What a token lives when its answer does not say, by the token specification. */
-const DEFAULT_TOKEN_SECONDS = 60;
-/** As Linux: a path through more symbolic links than this is a loop. */
-const MAX_LINKS = 40;
-/** Size of the decoder's output buffers, and of reads from a disk. */
-const INFLATED_BYTES = 256 * 1024;
-/** Size of a gzip decoder's input, which inflates to a thousand times as much at most. */
-const DEFLATED_BYTES = 64 * 1024;
-/** Window of zstd frames, as a power of two: 128 MiB, which is the limit of the zstd tool. */
-const MAX_ZSTD_WINDOW_LOG = 27;
+const DEFAULT_TOKEN_SECONDS = 60; // of a token whose answer does not say, by the token specification
+const MAX_LINKS = 40; // as Linux: a path through more symbolic links is a loop
+
+const READ_BYTES = 256 * 1024; // larger buffers cost page faults, smaller ones cost calls
+const RANGE_BYTES = 4 * 1024 * 1024; // memory is bounded by this times the connections
+const PARALLEL_BYTES = 16 * 1024 * 1024; // below this, a second connection costs more than it brings
+const PREFETCH_BYTES = 16 * 1024 * 1024; // of the next layer, while the previous one is extracted
+const SAMPLE_MS = 250; // over which the rate of a download is measured
+const MAX_SETTLING_SAMPLES = 8; // that more connections have to deliver their first bytes
+const FAST_BYTES_PER_SECOND = 250e6; // such a connection keeps verification and extraction busy
+const WORTHWHILE_GAIN = 1.25; // more connections must raise the total rate by this factor, or they are given up
+
+const INFLATED_BYTES = 256 * 1024; // the decoder's output buffers, and reads from a disk
+const DEFLATED_BYTES = 64 * 1024; // a gzip decoder's input, which inflates to a thousand times as much at most
 const TAR_BLOCK_BYTES = 512;
-/** An extension header holds names and attributes; Go's limit is the same. */
-const MAX_EXTENSION_BYTES = 1024 * 1024;
+const MAX_EXTENSION_BYTES = 1024 * 1024; // of an extension header, with names and attributes; as in Go
+const MAX_MTIME_SECONDS = 2 ** 34; // limit of a file's time; the kernel lowers it to what the file system can hold
+
+const WORKER_BYTES = 24 * 1024 * 1024; // below this, a second thread takes longer to start than it saves
+const WORKER_NAME = "fetch_wheels extraction";
+const BATCH_BYTES = 512 * 1024; // of one message to the worker
+const MAX_PENDING_BATCHES = 8; // that the worker has not taken yet; bounds the memory between the threads
+
+const LOCK_NAME = "lock";
+const JOURNAL_NAME = "journal";
+const YOUNG_MS = 60_000; // a staging directory as young as this may not have its lock yet
+const CONSTRAINTS = "upper-constraints.txt";
+
+const SHUTDOWN_MS = 1500; // for cleaning up after a signal; then the process ends
+const REDRAW_MS = 200;
+const RATE_MS = 5000; // over which the rate of the progress is measured
+const LOG_PROGRESS_MS = 30_000; // in a log, a line of progress each time this has passed
 
 const HUB = "docker.io";
 const HUB_NAMES = [HUB, "index.docker.io", "registry.hub.docker.com"];
 const HUB_HOST = "registry-1.docker.io";
-/** What the Hub is called in Docker's configuration, and the user name that stands for an identity token there. */
+/** The Hub's key in Docker's configuration. */
 const HUB_KEY = "https://index.docker.io/v1/";
+/** User name that stands for an identity token in a credential helper's answer. */
 const IDENTITY_USER = "<token>";
 
 const INDEX_TYPES = [
@@ -126,41 +129,32 @@ const SCHEMA1_TYPES = [
   "application/vnd.docker.distribution.manifest.v1+prettyjws",
   "application/vnd.docker.distribution.manifest.v1+json",
 ];
+const CONFIG_TYPES = [
+  "application/vnd.oci.image.config.v1+json",
+  "application/vnd.docker.container.image.v1+json",
+];
+const TITLE = "org.opencontainers.image.title";
 
+// deno-fmt-ignore
 const EXIT_CODES: Record<ErrorKind, number> = {
-  internal: 1,
-  usage: 2,
-  "not-found": 3,
-  auth: 4,
-  network: 5,
-  integrity: 6,
-  unsafe: 7,
-  io: 8,
-  interrupted: 130,
-  terminated: 143,
+  internal: 1, usage: 2, "not-found": 3, auth: 4, network: 5, integrity: 6, unsafe: 7, io: 8,
+  interrupted: 130, terminated: 143,
 };
 
-/** What went wrong, by class; each has an exit code of its own. */
+/** The class of a failure; each has its own exit code. */
+// deno-fmt-ignore
 export type ErrorKind =
-  | "internal"
-  | "usage"
-  | "not-found"
-  | "auth"
-  | "network"
-  | "integrity"
-  | "unsafe"
-  | "io"
-  | "interrupted"
-  | "terminated";
+  | "internal" | "usage" | "not-found" | "auth" | "network" | "integrity" | "unsafe" | "io"
+  | "interrupted" | "terminated";
 
-/** The one error that this module throws on purpose. Its message is one line, `Cannot <action> "<value>": <cause>`. */
+/** The error that this module throws. Its message is one line, mostly `Cannot <action> "<value>": <cause>`. */
 export class FetchWheelsError extends Error {
   /** The class of the failure. */
   readonly kind: ErrorKind;
-  /** What can be done about it, in one line, where something can. */
+  /** What the user can do about it, in one line. */
   readonly hint?: string;
 
-  /** Makes an error of a kind, with its message and, where there is one, a hint and a cause. */
+  /** Creates an error of a kind with its message and, optionally, a hint and a cause. */
   constructor(kind: ErrorKind, message: string, options: { hint?: string; cause?: unknown } = {}) {
     super(message, { cause: options.cause });
     this.name = "FetchWheelsError";
@@ -169,7 +163,7 @@ export class FetchWheelsError extends Error {
   }
 }
 
-/** An image's name in parts. */
+/** The parts of an image's name. */
 export interface ImageReference {
   /** Host, with its port if it has one; `docker.io` for the Docker Hub. */
   registry: string;
@@ -181,7 +175,7 @@ export interface ImageReference {
   digest?: string;
 }
 
-/** An operating system and a processor architecture, in the registries' names. */
+/** An operating system and a processor architecture, under the names that registries use. */
 export interface Platform {
   /** Such as `linux`. */
   os: string;
@@ -191,32 +185,54 @@ export interface Platform {
   variant?: string;
 }
 
-/** What a manifest or an index says of a blob or a manifest (OCI image specification, "Content Descriptors"). */
+/** Describes a blob or a manifest (OCI image specification, "Content Descriptors"). */
 export interface Descriptor {
-  /** Media type of what is described. */
+  /** Media type of the content. */
   mediaType?: string;
-  /** Digest of its bytes. */
+  /** Digest of the content. */
   digest: string;
-  /** Its bytes' number; schema 1 does not say. */
+  /** Size of the content in bytes; schema 1 does not say. */
   size?: number;
-  /** In an index: what the image runs on. */
+  /** In an index: the platform of the image. */
   platform?: Partial<Platform>;
-  /** Free-form notes. */
+  /** In an index: the type of an artifact. */
+  artifactType?: string;
+  /** Where else the content can be downloaded, for layers that registries may not distribute. */
+  urls?: string[];
+  /** Free-form metadata. */
   annotations?: Record<string, string>;
 }
 
-/** What `docker login` and `podman login` write, as far as it matters here. */
+/** The parts of Docker's `config.json` and podman's `auth.json` that matter here. */
 export interface DockerConfig {
-  /** By registry, or, podman's, by namespace or repository. */
-  auths?: Record<string, { auth?: string; identitytoken?: string; username?: string; password?: string }>;
+  /** Entries by registry or, in podman's file, by namespace or repository. */
+  auths?: Record<string, DockerAuthEntry>;
   /** Name of the helper for all registries. */
   credsStore?: string;
   /** Names of the helpers for single registries. */
   credHelpers?: Record<string, string>;
 }
 
-/** A user name and a password, an identity token (OAuth2), or the name of the helper to ask for either. */
-export type Credentials = { username: string; password: string } | { identityToken: string } | { helper: string };
+/** One entry of `auths`. */
+export interface DockerAuthEntry {
+  /** Base64 of `username:password`. */
+  auth?: string;
+  /** User name, if `auth` is empty. */
+  username?: string;
+  /** Password, if `auth` is empty. */
+  password?: string;
+  /** OAuth2 refresh token. */
+  identitytoken?: string;
+  /** Bearer token for the registry itself. */
+  registrytoken?: string;
+}
+
+/** A user name and password, an identity token (OAuth2), a ready Bearer token, or the name of a credential helper. */
+export type Credentials =
+  | { username: string; password: string }
+  | { identityToken: string }
+  | { registryToken: string }
+  | { helper: string };
 
 type UserCredentials = Extract<Credentials, { username: string }>;
 type UsableCredentials = Exclude<Credentials, { helper: string }>;
@@ -227,161 +243,164 @@ export interface Challenge {
   scheme: string;
   /** Parameters by their names in lower case. */
   parameters: Record<string, string>;
-  /** The one value of schemes that have no parameters. */
+  /** The value of a scheme that has no parameters. */
   token68?: string;
 }
 
-/** What `fetchWheels` tells of its way, for a log or a progress bar. */
+/** What `fetchWheels` reports while it works, for a log or a progress bar. */
 export type ProgressEvent =
-  | { type: "request"; url: string; status: number }
-  | { type: "retry"; reason: string; delayMs: number }
-  | { type: "resolved"; image: ImageReference; layer: LayerInfo; platform: string | null }
-  | { type: "member"; path: string; size: number }
+  | { type: "request"; method: string; url: string; status: number; bytes?: number; range?: string; ms: number }
+  | { type: "retry"; reason: string; delayMs: number; attempt: number; retries: number }
+  | { type: "resolved"; image: ImageReference; layers: LayerInfo[]; platform: string | null }
+  | { type: "verified"; digest: string; key: string; format: SignatureFormat }
   | { type: "cached"; digest: string; size: number }
   | { type: "bytes"; received: number; total?: number }
   | { type: "extracted"; members: number }
   | { type: "warning"; message: string };
 
-/** How `fetchWheels` goes about it. */
+type Report = (event: ProgressEvent) => void;
+
+/** Options of `fetchWheels`; the command line's under the names of the field. */
 export interface FetchWheelsOptions {
-  /**
-   * Directory that receives the files.
-   * @default {"/tmp/wheels"}
-   */
+  /** Directory that receives the files.
+   * @default {"/tmp/wheels"} */
   dest?: string;
-  /** Write the tarball as it is to this file, or stream, instead of extracting it. */
+  /** Write the tarball as it is to this file or stream instead of extracting it. */
   output?: string | WritableStream<Uint8Array>;
-  /**
-   * Which layer: its place (1 is the base), `last`, or its digest.
-   * @default {"last"}
-   */
-  layer?: string;
-  /** Globs of what to extract, on paths and on names; without any it is everything. */
+  /** Layers to extract, base first: a position (1 is the base), `last`, a digest, or `all`.
+   * @default {["last"]} */
+  layers?: string[];
+  /** Globs of members to extract, matched against paths and names. Without any, all are extracted. */
   include?: string[];
-  /** Globs of what to leave out, besides what begins with a dot; a directory stands for what is below it, too. */
+  /** Globs of members to skip, besides hidden ones; a directory stands for everything below it. */
   exclude?: string[];
-  /**
-   * How many leading components of each path to drop.
-   * @default {0}
-   */
+  /** How many leading components of each path to drop.
+   * @default {0} */
   stripComponents?: number;
-  /**
-   * Replace DEST instead of adding to it.
-   * @default {false}
-   */
+  /** Replace DEST instead of adding to it.
+   * @default {false} */
   clean?: boolean;
   /** Project whose `NAME===…` is dropped from `upper-constraints.txt`. */
   unpin?: string;
-  /** Only tell what the layer holds, in `files` and by `member` events. */
+  /** Only list what would be extracted. */
   list?: boolean;
-  /** Only resolve; fetch no layer. */
+  /** Only resolve the source; download no layer. */
   dryRun?: boolean;
-  /**
-   * `OS/ARCH[/VARIANT]` to choose from an index.
-   * @default {`linux/` and the host's architecture}
-   */
+  /** `OS/ARCH[/VARIANT]` to choose from an index.
+   * @default {`linux/` and the host's architecture} */
   platform?: string;
-  /**
-   * How the registry is spoken to; `detect` tries https first, and plain http for local names only.
-   * @default {"detect"}
-   */
+  /** Protocol of the registry; `detect` tries https first, and plain http for local names only.
+   * @default {"detect"} */
   protocol?: "http" | "https" | "detect";
-  /**
-   * Accept any certificate.
-   * @default {false}
-   */
+  /** Accept any certificate.
+   * @default {false} */
   insecure?: boolean;
   /** File of PEM certificates to trust besides the usual ones. */
   caFile?: string;
   /** User name for the registry. */
   username?: string;
-  /** Password or access token that goes with `username`. */
+  /** Password or access token for `username`. */
   password?: string;
-  /**
-   * Docker's `config.json` and podman's `auth.json`; the first that knows the registry counts, when it asks.
-   * @default {[]}
-   */
+  /** Docker configuration as JSON text, which is asked before `authFiles`. */
+  authConfig?: string;
+  /** Docker's `config.json` and podman's `auth.json`, in order; read only if the registry asks for credentials.
+   * @default {[]} */
   authFiles?: string[];
-  /**
-   * How often a request that failed for a passing reason is tried again.
-   * @default {5}
-   */
+  /** PEM files of public keys, one of which must have signed the image. */
+  verifyKeys?: string[];
+  /** How often a request is retried after a transient failure.
+   * @default {5} */
   retries?: number;
-  /**
-   * Seconds without a byte after which a connection is given up.
-   * @default {30}
-   */
+  /** Seconds without a byte after which a connection is given up.
+   * @default {30} */
   timeout?: number;
-  /**
-   * How many connections may fetch a large layer at once, 1 to 16.
-   * @default {4}
-   */
+  /** How many connections may download at once, 1 to 16.
+   * @default {4} */
   connections?: number;
-  /** Base URLs of mirrors, which are asked first, and without the registry's credentials. */
+  /** Base URLs of mirrors, which are asked first and never see the registry's credentials. */
   mirrors?: string[];
-  /** Directory that keeps layers by digest, laid out as the `blobs` of an OCI layout. */
+  /** Directory that keeps blobs by digest, laid out as the `blobs` of an OCI layout. */
   cache?: string;
   /**
-   * URL of this module, by which a worker unpacks large layers in a thread of its own. Without one all is done in the
-   * caller's thread; leave it out where the module is bundled with others, which the worker would run, too.
+   * URL of this module, from which it starts a worker for large archives. Without it, extraction runs in the caller's
+   * thread. Omit it if the module is bundled with others, which the worker would run too.
    */
   workerUrl?: string;
-  /** Stops everything and cleans up. */
+  /** Cancels the fetch and cleans up. */
   signal?: AbortSignal;
-  /** Used in place of the global `fetch`. */
+  /** Replaces the global `fetch`. Proxies and certificates are then the caller's concern. */
   fetch?: typeof globalThis.fetch;
-  /** Used in place of a timer between retries. */
-  delay?: (milliseconds: number, signal?: AbortSignal) => Promise<void>;
-  /** Used in place of `Date.now`. */
+  /** Replaces the timer between retries. */
+  delay?: (milliseconds: number, signal?: AbortSignal) => Promise<unknown>;
+  /** Replaces `Date.now`. */
   now?: () => number;
-  /** Is told what happens. */
+  /** Replaces `Deno.env.get`, for proxies and the certificate store. */
+  env?: (name: string) => string | undefined;
+  /** Receives progress events. */
   onProgress?: (event: ProgressEvent) => void;
 }
 
-/** The layer that was fetched. */
+/** A layer, or another blob of the manifest, that was fetched. */
 export interface LayerInfo {
   /** Digest of its bytes as they are stored in the registry. */
   digest: string;
-  /** Their number; null before a schema 1 layer has been read. */
+  /** Its size in bytes; null before a schema 1 layer has been read. */
   size: number | null;
-  /** As the manifest says, or null. */
+  /** Media type by the manifest, or null. */
   mediaType: string | null;
-  /** Place among the image's layers; 1 is the base. */
+  /** Position among the manifest's layers; 1 is the base. */
   index: number;
-  /** How many layers the image has. */
+  /** Number of layers in the manifest. */
   count: number;
 }
+
+/** How cosign stored a signature. */
+export type SignatureFormat = "bundle" | "simplesigning";
 
 /** What was done; the same as the document of `--json`. */
 export interface FetchResult {
   /** The source as it was given. */
   source: string;
-  /** The image, or null for a tarball. */
+  /** The image, or null for a tarball or an image on disk. */
   image: { registry: string; repository: string; tag: string | null; digest: string | null } | null;
-  /** Platform chosen from an index, or null where there was nothing to choose. */
+  /** Platform of the image, or null if nothing says it. */
   platform: string | null;
-  /** The image's manifest, or null for a tarball. */
-  manifest: { digest: string; mediaType: string } | null;
-  /** The layer, or null for a tarball. */
-  layer: LayerInfo | null;
+  /** What the reference named: the index, if there is one; null for a tarball. */
+  resolved: { digest: string; mediaType: string } | null;
+  /** The manifest that was chosen, or null for a tarball. */
+  manifest: { digest: string; mediaType: string; artifactType: string | null } | null;
+  /** The layers that were fetched, base first; empty for a tarball. */
+  layers: LayerInfo[];
+  /** The signature that was accepted, or null without `verifyKeys`. */
+  verified: { digest: string; key: string; format: SignatureFormat } | null;
   /** Directory that received the files, or null with `output`. */
   dest: string | null;
   /** File that received the tarball, `-` for a stream, or null. */
   output: string | null;
-  /** Files and links now in `dest`, with their sizes in bytes. */
-  files: { path: string; size: number }[];
-  /** Members that were left out. */
+  /** Files and links now in `dest`, with their sizes in bytes, and their digests if the registry names files by them. */
+  files: FileInfo[];
+  /** Members that were skipped. */
   skipped: { path: string; reason: string }[];
   /** Bytes received, compressed. */
   bytes: number;
-  /** Seconds that it took. */
+  /** Duration in seconds. */
   seconds: number;
+}
+
+/** A file that was extracted or listed. */
+export interface FileInfo {
+  /** Path below `dest`. */
+  path: string;
+  /** Size in bytes. */
+  size: number;
+  /** Digest, if the registry names the file by it; else null. */
+  digest: string | null;
 }
 
 /**
  * Fetches the final layer of an image, or a tarball, and extracts it into a directory, all or nothing.
  *
- * @example An image that does not parse is refused before anything is sent
+ * @example An invalid reference is rejected before any request
  * ```ts
  * import { fetchWheels, FetchWheelsError } from "./fetch_wheels.ts";
  * import assert from "node:assert/strict";
@@ -394,304 +413,670 @@ export interface FetchResult {
  *
  * @param source Image reference, `http(s)://` URL of a tarball, a path that begins with `/`, `./` or `../`, or
  * `oci:DIR[:TAG]`, `oci-archive:FILE[:TAG]`, `docker-archive:FILE`
- * @param options How to go about it
- * @returns What was fetched, from where, and the files that are there now
- * @throws {FetchWheelsError} of each kind but `internal`; `dest` is then as it was
+ * @param options Options, all of which have defaults
+ * @returns What was fetched, and the files that are there now
+ * @throws {FetchWheelsError} of each kind but `internal`; `dest` is then unchanged
  */
 export async function fetchWheels(source: string, options: FetchWheelsOptions = {}): Promise<FetchResult> {
-  using settings = settle(options);
+  const settings = resolveOptions(options);
+  const parsed = parseSource(source);
   try {
-    return await fetchOnce(source, settings);
+    using client = new HttpClient(settings);
+    // Opened before any request: an unusable disk is better known before half a gigabyte has been downloaded.
+    using target = openTarget(settings);
+    const attempt = (isTrusting: boolean) => fetchOnce(parsed, { source, settings, client, target, isTrusting });
+    return await attempt(true).catch((error) => {
+      if (!mayRefetch(error, settings)) throw error;
+      settings.report({ type: "warning", message: `${error.message}; retrying without mirrors and cache` });
+      return attempt(false);
+    });
   } catch (error) {
-    const isIntegrity = error instanceof FetchWheelsError && error.kind === "integrity";
-    const isSecondHand = settings.mirrors.length > 0 || settings.cache !== undefined;
-    if (!isIntegrity || !isSecondHand || typeof settings.output === "object") throw explain(error, settings);
-    settings.onProgress({ type: "warning", message: `${error.message}; once more, from the registry alone` });
-    return await fetchOnce(source, { ...settings, mirrors: [], isFresh: true })
-      .catch((again) => Promise.reject(explain(again, settings)));
+    throw toPublicError(error, settings.signal);
   }
 }
 
-async function fetchOnce(source: string, settings: Settings): Promise<FetchResult> {
+/** Wrong bytes may be a mirror's or the cache's fault. What a stream has received cannot be taken back. */
+function mayRefetch(error: unknown, { mirrors, cache, output, signal }: Settings): error is FetchWheelsError {
+  const isIntegrity = error instanceof FetchWheelsError && error.kind === "integrity";
+  return isIntegrity && !signal.aborted && (mirrors.length > 0 || cache !== undefined) && typeof output !== "object";
+}
+
+/** What one attempt needs; `isTrusting` says whether mirrors and the cache may be asked. */
+interface Attempt {
+  source: string;
+  settings: Settings;
+  client: HttpClient;
+  target: Target;
+  isTrusting: boolean;
+}
+
+async function fetchOnce(parsed: Source, attempt: Attempt): Promise<FetchResult> {
+  const { source, settings, target } = attempt;
   const started = performance.now();
-  const parsed = parseSource(source);
-  const isLook = settings.list || settings.dryRun;
-  // Before anything is asked for: a disk that cannot be written to is better known before half a gigabyte came.
-  using target = openTarget(settings);
-  const { bytes, layer, ...origin } = await openSource(parsed, settings);
-  const progress: Progress = { received: 0, total: layer?.size ?? undefined, settings };
-  const { files, skipped } = await target.receive(watched(bytes, progress), layer);
-  warnOfForeignWheels(files, settings);
+  const meter = new ByteMeter(settings.report);
+  const origin = openSource(parsed, attempt);
+  const resolved = origin.store && await resolveImage(origin, settings);
+  const verified = resolved ? await verifySignature(resolved, settings) : null;
+  const parts = resolved ? selectParts(resolved, settings) : origin.tarball ? [origin.tarball] : [];
+  const layers = resolved ? parts.map((part) => layerInfo(part, resolved)) : [];
+  const platform = resolved?.platform ?? null;
+  if (resolved) settings.report({ type: "resolved", image: resolved.image, layers, platform });
+  meter.total = totalSize(parts);
+
+  const open = (part: Part) => openPart(part, { origin, meter, signal: settings.signal });
+  const { files, skipped } = await target.receive({ parts, open, label: source, meter });
+  warnOfUnusableWheels(files, layers, settings);
+
+  const { dryRun, isPreview, dest } = settings;
+  const output = typeof settings.output === "object" ? "-" : settings.output ?? null;
+  const manifest = resolved?.isSynthetic ? undefined : resolved?.manifest;
+  const { registry = "", repository = "", tag, digest }: Partial<ImageReference> = resolved?.image ?? {};
   return {
     source,
-    ...origin,
-    layer: layer && { ...layer, size: layer.size ?? (settings.dryRun ? null : progress.received) },
-    dest: isLook || settings.output !== undefined ? null : settings.dest,
-    output: isLook ? null : typeof settings.output === "object" ? "-" : settings.output ?? null,
+    image: origin.kind === "registry" ? { registry, repository, tag: tag ?? null, digest: digest ?? null } : null,
+    platform,
+    resolved: manifest && resolved ? resolved.named : null,
+    manifest: manifest
+      ? { digest: manifest.digest, mediaType: manifest.mediaType, artifactType: manifest.artifactType ?? null }
+      : null,
+    // A schema 1 layer has a size only once it has been read.
+    layers: layers.map((layer) => ({
+      ...layer,
+      size: layer.size ?? (dryRun || layers.length > 1 ? null : meter.consumed),
+    })),
+    verified,
+    dest: isPreview || output !== null ? null : dest,
+    output: isPreview ? null : output,
     files,
     skipped,
-    bytes: progress.received,
+    bytes: meter.consumed,
     seconds: Math.round(performance.now() - started) / 1000,
   };
 }
 
-/** The options with every default in its place. Disposing of them closes the connections. */
-interface Settings extends
-  Required<
-    Pick<
-      FetchWheelsOptions,
-      "dest" | "protocol" | "insecure" | "retries" | "timeout" | "connections" | "signal" | "fetch" | "delay" | "now"
-    >
-  >,
-  Pick<FetchWheelsOptions, "output" | "clean" | "unpin" | "list" | "dryRun" | "cache" | "workerUrl">,
-  Disposable {
+/** The options, validated, with every default in its place. */
+interface Settings
+  extends
+    Required<Pick<FetchWheelsOptions, "dest" | "layers" | "clean" | "list" | "dryRun" | "protocol" | "insecure">>,
+    Required<Pick<FetchWheelsOptions, "authFiles" | "retries" | "connections" | "signal" | "now" | "env">>,
+    Pick<FetchWheelsOptions, "output" | "unpin" | "authConfig" | "cache" | "workerUrl" | "fetch"> {
+  filter: FilterOptions;
+  /** Whether nothing is written: `list` or `dryRun`. */
+  isPreview: boolean;
   platform: Platform;
-  layer: string;
-  choice: Choice;
-  onProgress: (event: ProgressEvent) => void;
+  /** PEM certificates of `caFile`. */
+  certificates: string[];
   credentials?: UserCredentials;
-  authFiles: string[];
+  verifyKeys: VerifyKey[];
+  timeoutMs: number;
   mirrors: URL[];
-  /** Whether what the cache has is to be thrown away. */
-  isFresh: boolean;
+  delay: (milliseconds: number, signal: AbortSignal) => Promise<unknown>;
+  report: Report;
 }
 
-function settle(options: FetchWheelsOptions): Settings {
-  const { retries = DEFAULT_RETRIES, timeout = DEFAULT_TIMEOUT, protocol = "detect", insecure = false } = options;
-  if (!Number.isInteger(retries) || retries < 0) throw usage("use", String(retries), "retries is no whole number");
-  if (!(timeout > 0 && timeout <= 86_400)) throw usage("use", String(timeout), "timeout is not from 0 to 86400 s");
-  const { connections = DEFAULT_CONNECTIONS } = options;
-  if (!Number.isInteger(connections) || connections < 1 || connections > MAX_CONNECTIONS) {
-    throw usage("use", String(connections), `connections are from 1 to ${MAX_CONNECTIONS}`);
+function resolveOptions(options: FetchWheelsOptions): Settings {
+  const { layers = ["last"], include = [], exclude = [], stripComponents = 0, list = false, dryRun = false } = options;
+  const { retries = DEFAULT_RETRIES, timeout = DEFAULT_TIMEOUT, connections = DEFAULT_CONNECTIONS } = options;
+  for (const layer of layers) {
+    if (/^(?:last|all|[1-9]\d{0,5})$/.test(layer) || DIGEST.test(layer)) continue;
+    const expected = 'expected a layer number (1 is the base), "last", "all" or a digest';
+    throw usageError(`Cannot use layer ${quote(layer)}: ${expected}`);
   }
-  const { layer = "last", include = [], exclude = [], stripComponents: strip = 0 } = options;
-  if (!/^(?:last|[1-9]\d{0,5})$/.test(layer) && !DIGEST.test(layer)) {
-    throw usage("use layer", layer, "it is no place from 1 on, not last, and no digest");
+  checkWholeNumber("strip-components", stripComponents, { minimum: 0, maximum: 1000 });
+  checkWholeNumber("retries", retries, { minimum: 0, maximum: MAX_RETRIES });
+  checkWholeNumber("connections", connections, { minimum: 1, maximum: MAX_CONNECTIONS });
+  if (!(timeout > 0 && timeout <= MAX_TIMEOUT)) {
+    throw usageError(`--timeout must be between 1 and ${MAX_TIMEOUT} seconds`);
   }
-  if (!Number.isInteger(strip) || strip < 0) throw usage("use", String(strip), "it is no number of components");
-  const { clean, unpin, list, dryRun } = options;
-  const platform = options.platform === undefined ? hostPlatform() : parsePlatform(options.platform);
-  const credentials = givenCredentials(options);
-  const mirrors = (options.mirrors ?? []).map(parseMirror);
-  const pem = options.caFile === undefined ? [] : readCertificates(options.caFile);
-  // HTTP/2 would put all ranges on one connection, and that is the one that is throttled.
-  const client = Deno.createHttpClient({ caCerts: pem, http2: false });
+  const { cache, caFile, platform, delay } = options;
   return {
+    ...options,
+    layers,
+    list,
+    dryRun,
+    retries,
+    connections,
     dest: resolvePath(options.dest || DEFAULT_DEST),
-    output: options.output,
-    ...{ platform, protocol, insecure, credentials, retries, timeout, connections, mirrors, layer },
-    ...{ clean, unpin, list, dryRun },
-    choice: { include, exclude, strip },
-    cache: options.cache === undefined ? undefined : resolvePath(options.cache),
-    isFresh: false,
+    filter: { include, exclude, strip: stripComponents },
+    clean: options.clean ?? false,
+    isPreview: list || dryRun,
+    platform: platform === undefined ? hostPlatform() : parsePlatform(platform),
+    protocol: options.protocol ?? "detect",
+    insecure: options.insecure ?? false,
+    certificates: caFile === undefined ? [] : readCertificates(caFile),
+    credentials: givenCredentials(options),
     authFiles: options.authFiles ?? [],
-    workerUrl: options.workerUrl,
+    verifyKeys: (options.verifyKeys ?? []).map(readVerifyKey),
+    timeoutMs: timeout * 1000,
+    mirrors: (options.mirrors ?? []).map(parseMirror),
+    cache: cache === undefined ? undefined : resolvePath(cache),
     signal: options.signal ?? new AbortController().signal,
-    fetch: options.fetch ?? trustingFetch(client, pem, insecure),
-    delay: options.delay ?? delay,
+    delay: delay ?? ((milliseconds, signal) => sleep(milliseconds, undefined, { signal })),
     now: options.now ?? Date.now,
-    onProgress: options.onProgress ?? (() => {}),
-    [Symbol.dispose]: () => client.close(),
+    env: options.env ?? readEnvironment,
+    report: options.onProgress ?? (() => {}),
   };
+}
+
+function checkWholeNumber(
+  name: string,
+  value: number,
+  { minimum, maximum }: { minimum: number; maximum: number },
+): void {
+  if (Number.isInteger(value) && value >= minimum && value <= maximum) return;
+  const isNegative = minimum === 0 && value < 0;
+  throw usageError(`--${name} must be ${isNegative ? "0 or more" : `a whole number from ${minimum} to ${maximum}`}`);
+}
+
+/** A variable that Deno may not read counts as not set. */
+function readEnvironment(name: string): string | undefined {
+  const isReadable = Deno.permissions.querySync({ name: "env", variable: name }).state === "granted";
+  return isReadable ? Deno.env.get(name) : undefined;
 }
 
 function parseMirror(text: string): URL {
   if (/^https?:\/\//i.test(text) && URL.canParse(text)) return new URL(text);
-  throw usage("use mirror", withoutSecrets(text), "it is no http(s) URL", "such as https://mirror.lan:5000");
+  const message = `Cannot use mirror ${quote(withoutSecrets(text))}: it is not an http(s) URL`;
+  throw usageError(message, { hint: "an example is https://mirror.example:5000" });
 }
 
-/** Puts what Deno and Node throw for the disk and for missing permissions into this module's terms. */
-function explain(error: unknown, settings?: Settings): unknown {
-  if (settings?.signal.aborted) return settings.signal.reason;
+// ---------------------------------------------------------------------------------------------------------------------
+// 0 Helpers: errors, text that is safe to print, JSON, files.
+// ---------------------------------------------------------------------------------------------------------------------
+
+function usageError(message: string, options?: { hint?: string; cause?: unknown }): FetchWheelsError {
+  return new FetchWheelsError("usage", message, options);
+}
+
+function notFoundError(message: string, options?: { hint?: string; cause?: unknown }): FetchWheelsError {
+  return new FetchWheelsError("not-found", message, options);
+}
+
+function integrityError(message: string, options?: { hint?: string; cause?: unknown }): FetchWheelsError {
+  return new FetchWheelsError("integrity", message, options);
+}
+
+function unsafeError(member: string, state: string): FetchWheelsError {
+  const hint = "the whole archive is rejected; --include '*.whl' extracts the wheels alone";
+  return new FetchWheelsError("unsafe", `Cannot extract ${quote(member)}: ${state}`, { hint });
+}
+
+function ioError(message: string, options?: { hint?: string; cause?: unknown }): FetchWheelsError {
+  return new FetchWheelsError("io", message, options);
+}
+
+/** Puts what Deno throws for a cancelled fetch and for missing permissions into this module's terms. */
+function toPublicError(error: unknown, signal?: AbortSignal): unknown {
+  if (signal?.aborted) return signal.reason;
   if (!(error instanceof Deno.errors.NotCapable)) return error;
   const flag = /--allow-[a-z]+/.exec(error.message)?.[0] ?? "the permission";
-  const message = `Cannot go on: ${error.message.split(",")[0]}`;
-  return new FetchWheelsError("io", message, { hint: `run deno with ${flag}`, cause: error });
+  const needed = error.message.split(/, run|\. Run/)[0] ?? error.message;
+  return usageError(`Cannot continue without a permission: ${needed}`, { hint: `run deno with ${flag}`, cause: error });
 }
 
-function usage(action: string, value: string, cause: string, hint?: string): FetchWheelsError {
-  return new FetchWheelsError("usage", `Cannot ${action} ${quote(value)}: ${cause}`, { hint });
-}
-
-function integrity(action: string, value: string, cause: string, source?: unknown): FetchWheelsError {
-  return new FetchWheelsError("integrity", `Cannot ${action} ${quote(value)}: ${cause}`, { cause: source });
-}
-
-/** Quoted, for what an archive, a registry or a user says may hold anything, and any amount of it. */
+/** Quotes a text that an archive, a registry or a user gave, which may hold anything, and any amount of it. */
 function quote(text: string): string {
   return oneLine(JSON.stringify(text.length > MAX_SHOWN ? `${text.slice(0, MAX_SHOWN)}…` : text));
 }
 
-/** Without the characters that move a cursor or begin a line. */
+/** Replaces the characters that move a cursor or begin a line. */
 function oneLine(text: string): string {
   return text.replace(
-    // deno-lint-ignore no-control-regex -- these are what it is about
-    /[\x00-\x1f\x7f-\x9f\u2028\u2029]/g,
+    // deno-lint-ignore no-control-regex -- these are the ones to replace
+    /[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]/g,
     (character) => `\\u${character.charCodeAt(0).toString(16).padStart(4, "0")}`,
   );
 }
 
+/** Returns a URL for people: without its query, which may be a signature, and without a password. */
+function displayUrl(url: URL): string {
+  return `${url.protocol}//${url.host}${url.pathname}${url.search === "" ? "" : "?…"}`;
+}
+
+/** Removes user information and queries from all URLs in a text. */
+function withoutSecrets(text: string): string {
+  return text
+    .replace(/([a-z][a-z0-9+.-]*:\/\/)[^\s/"'@]*@/gi, "$1")
+    .replace(/([a-z][a-z0-9+.-]*:\/\/[^\s?"')]*)\?[^\s")]*/gi, "$1?…");
+}
+
+function withoutUser(url: URL): URL {
+  const bare = new URL(url);
+  bare.username = "";
+  bare.password = "";
+  return bare;
+}
+
+function plural(count: number, noun: string): string {
+  return `${count} ${noun}${count === 1 ? "" : "s"}`;
+}
+
+// deno-lint-ignore no-explicit-any -- what others send may be anything, and is checked field by field
+type JsonObject = Record<string, any>;
+
+/** Returns the JSON object in these bytes, or undefined for anything else. */
+function parseJson(bytes: Uint8Array | undefined): JsonObject | undefined {
+  const value = parseJsonValue(bytes);
+  return typeof value === "object" && value !== null && !Array.isArray(value) ? value : undefined;
+}
+
+function parseJsonValue(bytes: Uint8Array | undefined): unknown {
+  try {
+    return JSON.parse(new TextDecoder("utf-8", { fatal: true }).decode(bytes ?? new Uint8Array()));
+  } catch {
+    return undefined; // the caller names what is not JSON
+  }
+}
+
+/** Reads all bytes, or returns undefined if there are more than `limit`. */
+async function readAll(bytes: AsyncIterable<Uint8Array>, limit: number): Promise<Uint8Array | undefined> {
+  const chunks: Uint8Array[] = [];
+  let size = 0;
+  for await (const chunk of bytes) {
+    size += chunk.length;
+    if (size > limit) return undefined;
+    chunks.push(chunk.slice());
+  }
+  return Buffer.concat(chunks);
+}
+
+/** Waits for a promise, but not longer than the signal allows. */
+async function untilAborted<T>(promise: Promise<T>, signal: AbortSignal): Promise<T> {
+  promise.catch(() => {}); // once the signal has come, nobody waits for it
+  promise.catch(() => {}); // nobody waits for it if the signal has come already
+  signal.throwIfAborted();
+  const aborted = Promise.withResolvers<never>();
+  const onAbort = () => aborted.reject(signal.reason);
+  signal.addEventListener("abort", onAbort, { once: true });
+  try {
+    return await Promise.race([promise, aborted.promise]);
+  } finally {
+    signal.removeEventListener("abort", onAbort);
+  }
+}
+
+/** Passes chunks on until the signal comes, even if the source never yields another one. */
+async function* interruptible(bytes: AsyncIterable<Uint8Array>, signal: AbortSignal): AsyncGenerator<Uint8Array> {
+  const source = bytes[Symbol.asyncIterator]();
+  try {
+    while (true) {
+      const { done, value } = await untilAborted(source.next(), signal);
+      if (done) return;
+      yield value;
+    }
+  } finally {
+    source.return?.()?.catch(() => {}); // not awaited: it may be waiting for bytes that never come
+  }
+}
+
+/** Reads ahead, up to `limit` bytes. Starts at once; leaving the iteration or cancelling gives the source up. */
+function prefetch(bytes: AsyncIterable<Uint8Array>, limit: number): ReadableStream<Uint8Array> {
+  const source = bytes[Symbol.asyncIterator]();
+  return new ReadableStream<Uint8Array>({
+    async pull(controller) {
+      const { done, value } = await source.next();
+      if (done) controller.close();
+      else controller.enqueue(value);
+    },
+    cancel: () => void source.return?.()?.catch(() => {}), // not awaited: it may be waiting for bytes that never come
+  }, { highWaterMark: limit, size: (chunk) => chunk?.length ?? 0 });
+}
+
+/** Counts and reports the bytes of a fetch. */
+class ByteMeter {
+  readonly #report: Report;
+  /** Bytes expected in all; undefined if something does not say its size. */
+  total: number | undefined;
+  consumed = 0;
+  #received = 0;
+
+  constructor(report: Report) {
+    this.#report = report;
+  }
+
+  received(bytes: number): void {
+    this.consumed += bytes;
+    this.#report({ type: "bytes", received: this.consumed, total: this.total });
+  }
+
+  extracted(members: number): void {
+    this.#report({ type: "extracted", members });
+  }
+}
+
+/** Runs a disk operation and puts its errors into this module's terms. */
+function onDisk<T>(action: string, path: string, operation: () => T): T {
+  try {
+    return operation();
+  } catch (error) {
+    throw toDiskError(error, `Cannot ${action} ${quote(path)}`);
+  }
+}
+
+function toDiskError(error: unknown, message: string): unknown {
+  const code = errorCode(error);
+  if (error instanceof FetchWheelsError || error instanceof Deno.errors.NotCapable || code === undefined) return error;
+  return ioError(`${message}: ${DISK_STATES[code] ?? (error as Error).message}`, { cause: error });
+}
+
+function errorCode(error: unknown): string | undefined {
+  return (error as NodeJS.ErrnoException | undefined)?.code ??
+    (error instanceof Deno.errors.BrokenPipe ? "EPIPE" : undefined);
+}
+
+const DISK_STATES: Record<string, string> = {
+  ENOSPC: "no space left on the disk",
+  EDQUOT: "the disk quota is used up",
+  EACCES: "permission denied",
+  EPERM: "permission denied",
+  EROFS: "the file system is read-only",
+  EISDIR: "it is a directory",
+  ENOTDIR: "a component of the path is not a directory",
+  ENOENT: "no such file or directory",
+  EEXIST: "it exists already",
+  EPIPE: "broken pipe",
+  ENAMETOOLONG: "the name is too long",
+  EMFILE: "too many open files (see ulimit -n)",
+  ENFILE: "too many open files in the system",
+  ELOOP: "too many symbolic links",
+};
+
+/** Yields a file's bytes from an offset on, or some of them. */
+async function* readFile(path: string, { offset = 0, size = Infinity } = {}): AsyncGenerator<Uint8Array> {
+  using file = await Deno.open(path).catch((error) => {
+    throw toDiskError(error, `Cannot read ${quote(path)}`);
+  });
+  if (offset > 0) onDisk("read", path, () => file.seekSync(offset, Deno.SeekMode.Start));
+  yield* chunksOf(file, { path, size });
+}
+
+/** Yields a file's bytes from where it stands. */
+async function* chunksOf(
+  file: Deno.FsFile,
+  { path, size = Infinity }: { path: string; size?: number },
+): AsyncGenerator<Uint8Array> {
+  for (let left = size; left > 0;) {
+    const buffer = new Uint8Array(Math.min(INFLATED_BYTES, left));
+    const length = await file.read(buffer).catch((error) => {
+      throw toDiskError(error, `Cannot read ${quote(path)}`);
+    });
+    if (length === null) return;
+    left -= length;
+    yield buffer.subarray(0, length);
+  }
+}
+
+function writeAll(file: Deno.FsFile, bytes: Uint8Array): void {
+  for (let written = 0; written < bytes.length;) written += file.writeSync(bytes.subarray(written));
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
-// 1 Reference: text to {registry, repository, tag, digest}, by the rules of the distribution project's grammar.
+// 1 Reference: text to {registry, repository, tag, digest}, by the grammar of the distribution project; platforms.
 // ---------------------------------------------------------------------------------------------------------------------
 
 const DIGEST = /^(?:sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128})$/;
+const DIGEST_RULE = "the digest must be sha256: and 64, or sha512: and 128 lower-case hexadecimal digits";
 const TAG = /^[A-Za-z0-9_][A-Za-z0-9._-]{0,127}$/;
+const TAG_RULE = 'a tag has 1 to 128 letters, digits, "_", "." and "-", and does not begin with "." or "-"';
 const REPOSITORY = /^[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*(?:\/[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*)*$/;
+const REPOSITORY_RULE = 'a repository name has lower-case letters and digits, with ".", "_", "__" or "-" between them';
 const HOST =
-  /^(?:[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?(?:\.[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?)*|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?$/;
+  /^(?:[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?(?:\.[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?)*|\[[0-9A-Fa-f:]+\])(?::(?!0+$)\d{1,5})?$/;
+
+/** What a source's text means. */
+type Source =
+  | { kind: "image"; image: ImageReference }
+  | { kind: "url"; url: URL }
+  | { kind: "file"; path: string }
+  | { kind: "oci" | "oci-archive" | "docker-archive"; path: string; tag?: string };
+
+function parseSource(text: string): Source {
+  if (/^https?:\/\//i.test(text)) {
+    if (URL.canParse(text)) return { kind: "url", url: new URL(text) };
+    throw usageError(`Cannot parse URL ${quote(withoutSecrets(text.split("?")[0] ?? ""))}: it is not valid`);
+  }
+  if (/^\.{0,2}\//.test(text)) return { kind: "file", path: text };
+  const [, kind, path, tag] = /^(oci|oci-archive|docker-archive):(?!\/\/)(.+?)(?::([^/:]+))?$/s.exec(text) ?? [];
+  if (kind === "docker-archive") return { kind, path: text.slice(kind.length + 1) };
+  if (path !== undefined && (kind === "oci" || kind === "oci-archive")) return { kind, path, tag };
+  const transport = /^(?:(?:docker|oci|oci-archive|docker-archive):\/\/|(?:dir|docker-daemon|containers-storage):)/
+    .exec(text)?.[0];
+  if (transport !== undefined) {
+    const hint = transport === "docker://"
+      ? `for an image in a registry, write ${quote(text.slice(transport.length))}`
+      : "use an image reference, an http(s):// URL, a path, oci:DIR, oci-archive:FILE or docker-archive:FILE";
+    throw usageError(`Cannot use source ${quote(text)}: "${transport}" is not supported`, { hint });
+  }
+  return { kind: "image", image: parseImageReference(text) };
+}
 
 /**
- * Reads an image's name as `docker pull` does.
+ * Parses an image's name as `docker pull` does.
  *
  * @example
  * ```ts
  * import { parseImageReference } from "./fetch_wheels.ts";
  * import assert from "node:assert/strict";
  *
- * assert.deepEqual(parseImageReference("python:3.13"), {
- *   registry: "docker.io",
- *   repository: "library/python",
- *   tag: "3.13",
- * });
+ * const { registry, repository, tag } = parseImageReference("python:3.13");
+ * assert.deepEqual([registry, repository, tag], ["docker.io", "library/python", "3.13"]);
  * ```
  *
  * @param text `[HOST[:PORT]/]NAME[:TAG][@DIGEST]`
  * @returns The parts; `tag` is `latest` only when neither tag nor digest is given
- * @throws {FetchWheelsError} of kind `usage`, which quotes the text and says which rule it breaks
+ * @throws {FetchWheelsError} of kind `usage`, which quotes the text and names the rule that it breaks
  */
 export function parseImageReference(text: string): ImageReference {
-  const fail = (rule: string, hint?: string) => usage("parse image reference", text, rule, hint);
+  // Case matters in a tag, but not in a name.
+  const lowered = text.replace(/^.*?(?=[:@][^/]*$|$)/, (name) => name.toLowerCase());
+  const fail = (rule: string, hint?: string) =>
+    usageError(`Cannot parse image reference ${quote(withoutSecrets(text))}: ${rule}`, { hint });
   if (text === "") throw fail("it is empty");
-  if (/\s/.test(text)) throw fail("it holds white space");
+  if (/\s/.test(text)) throw fail("it contains white space");
   const scheme = /^[a-z][a-z0-9+.-]*:\/\//i.exec(text)?.[0];
-  if (scheme) throw fail(`an image has no "${scheme}" in front`, `leave out "${scheme}"`);
-
+  if (scheme) throw fail("an image reference has no scheme", `remove "${scheme}"`);
   const [name = "", digest, ...more] = text.split("@");
-  if (more.length > 0) throw fail('it holds more than one "@"');
-  if (digest !== undefined && !DIGEST.test(digest)) {
-    throw fail("the digest is neither sha256: and 64 nor sha512: and 128 lower-case hexadecimal digits");
-  }
+  if (more.length > 0) throw fail('it contains more than one "@"');
+  if (digest !== undefined && !DIGEST.test(digest)) throw fail(DIGEST_RULE);
   const colon = name.indexOf(":", name.lastIndexOf("/") + 1);
   const tag = colon < 0 ? undefined : name.slice(colon + 1);
-  if (tag !== undefined && !TAG.test(tag)) {
-    throw fail('a tag is 1 to 128 letters, digits, "_", "." and "-", and begins with none of the last two');
-  }
+  if (tag !== undefined && !TAG.test(tag)) throw fail(TAG_RULE);
 
   const path = colon < 0 ? name : name.slice(0, colon);
   const slash = path.indexOf("/");
   const first = path.slice(0, Math.max(slash, 0));
   const isHost = /[.:A-Z]/.test(first) || first === "localhost";
-  if (isHost && !isValidHost(first)) throw fail(`${quote(first)} is no host name with an optional port`);
+  const isValidHost = HOST.test(first) && URL.canParse(`https://${first}/`);
+  if (isHost && !isValidHost) throw fail(`${quote(first)} is not a host name with an optional port`);
   const isHub = !isHost || HUB_NAMES.includes(first);
   const rest = isHost ? path.slice(slash + 1) : path;
   const repository = isHub && rest !== "" && !rest.includes("/") ? `library/${rest}` : rest;
   if (repository === "") throw fail("the name of the repository is missing");
-  if (/[A-Z]/.test(repository)) throw fail("a repository's name is lower case");
-  if (repository.length > 255) throw fail("a repository's name has at most 255 characters");
-  if (!REPOSITORY.test(repository)) {
-    throw fail('a repository\'s name is lower-case letters and digits, with ".", "_", "__" or "-" between them');
-  }
+  if (/[A-Z]/.test(repository)) throw fail("a repository name is lower case", `try ${lowered}`);
+  if (repository.length > 255) throw fail("a repository name has at most 255 characters");
+  if (!REPOSITORY.test(repository)) throw fail(REPOSITORY_RULE);
+  if (/^[0-9a-f]{64}$/.test(rest)) throw fail("a name of 64 hexadecimal digits would be taken for an image ID");
   const reference: ImageReference = { registry: isHub ? HUB : first, repository };
-  if (tag !== undefined) reference.tag = tag;
-  else if (digest === undefined) reference.tag = "latest";
+  if (tag !== undefined || digest === undefined) reference.tag = tag ?? "latest";
   if (digest !== undefined) reference.digest = digest;
   return reference;
 }
 
-function isValidHost(host: string): boolean {
-  const port = /:(\d+)$/.exec(host)?.[1];
-  return HOST.test(host) && Number(port ?? 443) > 0 && URL.canParse(`https://${host}/`);
-}
-
 function formatReference({ registry, repository, tag, digest }: ImageReference): string {
-  return `${registry}${repository && `/${repository}`}${tag === undefined ? "" : `:${tag}`}${
-    digest === undefined ? "" : `@${digest}`
-  }`;
+  return `${registry}${repository && `/${repository}`}${tag ? `:${tag}` : ""}${digest ? `@${digest}` : ""}`;
 }
 
 /**
- * Reads a platform and puts it into the registries' names: `x86_64` is `amd64`, `aarch64` is `arm64`, `armhf` is `arm/v7`.
+ * Parses a platform into the names that registries use: `x86_64` is `amd64`, `aarch64` is `arm64`, `armhf` is `arm/v7`.
  *
  * @param text `OS/ARCH[/VARIANT]`
  * @throws {FetchWheelsError} of kind `usage`
  */
 export function parsePlatform(text: string): Platform {
-  const [os = "", architecture = "", variant, ...more] = text.toLowerCase().split("/");
-  const parts = variant === undefined ? [os, architecture] : [os, architecture, variant];
-  if (more.length > 0 || !parts.every((part) => /^[a-z0-9][a-z0-9._-]*$/.test(part))) {
-    throw usage("parse platform", text, "it is not OS/ARCH or OS/ARCH/VARIANT", "such as linux/amd64 or linux/arm64");
+  if (/^[a-z0-9][a-z0-9._-]*(?:\/[a-z0-9][a-z0-9._-]*){1,2}$/i.test(text)) {
+    const [os, architecture, variant] = text.split("/");
+    return normalizePlatform({ os, architecture, variant });
   }
-  return normalizePlatform({ os, architecture, variant });
+  const message = `Cannot parse platform ${quote(text)}: expected OS/ARCH or OS/ARCH/VARIANT`;
+  throw usageError(message, { hint: "examples are linux/amd64 and linux/arm64" });
 }
 
 /**
- * The platform that this machine's wheels are for. Images are for Linux, whatever runs this.
+ * Returns the platform of this machine's wheels. Images are for Linux on every host.
  *
- * @param arch Processor architecture, in any usual name
+ * @param arch Processor architecture, under any usual name
  */
 export function hostPlatform(arch: string = Deno.build.arch): Platform {
   return normalizePlatform({ os: "linux", architecture: arch });
 }
 
 function normalizePlatform({ os = "", architecture = "", variant }: Partial<Platform>): Platform {
-  const [name = "", implied] = ARCHITECTURES.get(architecture) ?? [architecture];
-  const chosen = (variant || implied)?.replace(/^(?=\d)/, "v");
-  return chosen === undefined ? { os, architecture: name } : { os, architecture: name, variant: chosen };
+  const [name, implied] = ARCHITECTURES.get(architecture.toLowerCase()) ?? [architecture.toLowerCase()];
+  const chosen = (variant?.toLowerCase() || implied)?.replace(/^(?=\d)/, "v");
+  const platform = { os: os.toLowerCase(), architecture: name };
+  return chosen === undefined ? platform : { ...platform, variant: chosen };
 }
 
+// deno-fmt-ignore
 const ARCHITECTURES = new Map<string, [name: string, variant?: string]>([
-  ["x86_64", ["amd64"]],
-  ["x86-64", ["amd64"]],
-  ["aarch64", ["arm64"]],
-  ["armhf", ["arm", "v7"]],
-  ["armel", ["arm", "v6"]],
-  ["arm", ["arm", "v7"]],
+  ["x86_64", ["amd64"]], ["x86-64", ["amd64"]], ["aarch64", ["arm64"]], ["armhf", ["arm", "v7"]], ["armel", ["arm", "v6"]],
 ]);
+
+/** The variant of a platform that does not name one. */
+const IMPLIED_VARIANTS = new Map([["amd64", "v1"], ["arm64", "v8"], ["arm", "v7"]]);
 
 function formatPlatform({ os, architecture, variant }: Partial<Platform>): string {
   return [os, architecture, variant].filter(Boolean).join("/");
 }
 
+/** Reports whether something built for `offered` runs on `wanted`: containerd's rule, within one architecture. */
+function isCompatible(offered: Platform, wanted: Platform): boolean {
+  if (offered.os !== wanted.os || offered.architecture !== wanted.architecture) return false;
+  const implied = IMPLIED_VARIANTS.get(wanted.architecture);
+  const variant = offered.variant ?? implied;
+  if (wanted.variant !== undefined) return variant === wanted.variant;
+  return variant === implied || variantLevel(variant) < variantLevel(implied);
+}
+
+function variantLevel(variant = ""): number {
+  return Number(/^v(\d+)$/.exec(variant)?.[1] ?? NaN);
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
-// 2 Credentials: where a user name and a password come from.
+// 2 Credentials: where a user name and password, or an identity token, come from.
 // ---------------------------------------------------------------------------------------------------------------------
+
+const PASSWORD_HINT = "pass --username and --password-stdin, or set REGISTRY_USERNAME and REGISTRY_PASSWORD";
 
 function givenCredentials({ username, password }: FetchWheelsOptions): UserCredentials | undefined {
   if (username === undefined && password === undefined) return undefined;
-  if (!username) throw new FetchWheelsError("usage", "Cannot use a password: the user name is missing");
-  if (password === undefined) throw usage("use user name", username, "the password is missing", PASSWORD_HINT);
-  if (username.includes(":")) throw usage("use user name", username, "HTTP has no way to send a colon in it");
+  if (!username) throw usageError("Cannot use a password: the user name is missing", { hint: PASSWORD_HINT });
+  if (password === undefined) {
+    throw usageError(`Cannot use user name ${quote(username)}: the password is missing`, { hint: PASSWORD_HINT });
+  }
+  if (username.includes(":")) throw usageError(`Cannot use user name ${quote(username)}: it contains a colon`);
   return { username, password };
 }
 
-/** The first of these files that knows the registry decides, as `docker login` and `podman login` left it there. */
-async function storedCredentials(image: ImageReference, settings: Settings): Promise<UsableCredentials | undefined> {
-  for (const file of settings.authFiles) {
-    const config = readAuthFile(file, settings);
-    const found = config && findCredentials(config, image);
-    if (found === undefined) continue;
-    return "helper" in found ? await askHelper(found.helper, { image, settings }) : found;
+/** Finds credentials for one image, when the registry asks for them. */
+class CredentialFinder {
+  readonly #settings: Settings;
+  #found: Promise<UsableCredentials | undefined> | undefined;
+
+  constructor(settings: Settings) {
+    this.#settings = settings;
   }
-  return undefined;
+
+  find(image: ImageReference): Promise<UsableCredentials | undefined> {
+    this.#found ??= this.#search(image);
+    return this.#found;
+  }
+
+  /** Reads each configuration in turn; the first one that knows the registry decides. */
+  async #search(image: ImageReference): Promise<UsableCredentials | undefined> {
+    const { credentials: given, authConfig, authFiles } = this.#settings;
+    if (given !== undefined) return given;
+    for (const name of [...(authConfig === undefined ? [] : ["DOCKER_AUTH_CONFIG"]), ...authFiles]) {
+      const body = name === "DOCKER_AUTH_CONFIG" ? Buffer.from(authConfig ?? "") : this.#readFile(name);
+      if (body === undefined) continue;
+      const config = parseJson(body);
+      if (config === undefined) this.#warn(`ignoring ${quote(name)}: it is not a JSON object`);
+      const { credentials, problem } = lookUpCredentials(config ?? {}, image);
+      if (problem !== undefined) this.#warn(`ignoring an entry in ${quote(name)}: ${problem}`);
+      if (credentials === undefined) continue;
+      const found = "helper" in credentials ? await this.#askHelper(credentials.helper, image) : credentials;
+      if (found !== undefined) return found;
+    }
+    return undefined;
+  }
+
+  /** A file that does not exist, or that Deno may not read, is skipped silently. */
+  #readFile(path: string): Uint8Array | undefined {
+    try {
+      return isGranted({ name: "read", path }) && fs.existsSync(path) ? fs.readFileSync(path) : undefined;
+    } catch (error) {
+      this.#warn((toDiskError(error, `Cannot read ${quote(path)}`) as Error).message);
+      return undefined;
+    }
+  }
+
+  /** Runs `docker-credential-NAME get`. Each failure is a warning, and leads to an anonymous request. */
+  async #askHelper(name: string, { registry }: ImageReference): Promise<UsableCredentials | undefined> {
+    const { signal, timeoutMs, env } = this.#settings;
+    const program = `docker-credential-${name}`;
+    const warn = (state: string): undefined => {
+      this.#warn(`Cannot run credential helper ${quote(program)}: ${state}; continuing without credentials`);
+    };
+    if (!/^[\w.-]+$/.test(name)) return warn("its name is invalid");
+    if (isMissing(program, env("PATH"))) return warn("it is not installed");
+    if (Deno.permissions.querySync({ name: "run", command: program }).state !== "granted") {
+      return warn(`deno needs --allow-run=${program}`);
+    }
+    try {
+      const limit = AbortSignal.any([signal, AbortSignal.timeout(timeoutMs)]);
+      const { success, stdout } = await runHelper(program, { input: registry === HUB ? HUB_KEY : registry, limit });
+      const answer = success ? parseJson(stdout) : undefined;
+      const [username, secret] = [answer?.Username, answer?.Secret];
+      if (typeof username === "string" && typeof secret === "string" && secret !== "") {
+        return username === IDENTITY_USER ? { identityToken: secret } : { username, password: secret };
+      }
+      const output = new TextDecoder().decode(stdout).trim();
+      // Helpers say this for each registry that they do not know.
+      if (/not found/i.test(output)) return undefined;
+      return warn(success ? "its answer has no credentials" : `it failed (${quote(output)})`);
+    } catch (error) {
+      signal.throwIfAborted();
+      const isSlow = (error as Error).name === "TimeoutError";
+      return warn(isSlow ? `it did not answer within ${timeoutMs / 1000} s` : (error as Error).message);
+    }
+  }
+
+  #warn(message: string): void {
+    this.#settings.report({ type: "warning", message });
+  }
 }
 
-/** A file that is not there, or not to be read, is no news; one that is broken is a warning, and no failure. */
-function readAuthFile(file: string, { onProgress }: Settings): DockerConfig | undefined {
+async function runHelper(program: string, { input, limit }: { input: string; limit: AbortSignal }) {
+  const pipes = { stdin: "piped", stdout: "piped", stderr: "null" } as const;
+  const child = new Deno.Command(program, { args: ["get"], ...pipes, signal: limit }).spawn();
+  // A helper that does not read its input shows that by its answer.
+  ReadableStream.from([new TextEncoder().encode(input)]).pipeTo(child.stdin).catch(() => {});
+  // A grandchild may keep the pipe open after the helper has been killed, so the signal ends the wait as well.
+  return await untilAborted(child.output(), limit);
+}
+
+/** Reports whether the program is certainly not in PATH; without a look at PATH nothing is certain. */
+function isMissing(program: string, path: string | undefined): boolean {
   try {
-    if (!fs.existsSync(file)) return undefined;
-    const config = parseJson(fs.readFileSync(file));
-    if (config !== undefined) return config;
-    onProgress({ type: "warning", message: `${quote(file)} is left out: it is no JSON object` });
+    return path?.split(":").every((directory) => !fs.existsSync(join(directory || ".", program))) ?? false;
   } catch (error) {
-    if (error instanceof Deno.errors.NotCapable) return undefined;
-    onProgress({ type: "warning", message: (diskError("read", file, error) as Error).message });
+    if (error instanceof Deno.errors.NotCapable) return false;
+    throw error;
   }
-  return undefined;
 }
 
 /**
- * Finds what a Docker or podman configuration says of an image's registry. Reads no file and runs no helper.
+ * Finds what a Docker or podman configuration says about an image's registry. Reads no file and runs no helper.
  *
  * @example
  * ```ts
@@ -705,163 +1090,422 @@ function readAuthFile(file: string, { onProgress }: Settings): DockerConfig | un
  * });
  * ```
  *
- * @param config What `config.json` or `auth.json` holds
- * @param image Where the image is, as `parseImageReference` says it
- * @returns `credHelpers` before `credsStore` before `auths`; of these the most specific whole-part match
+ * @param config The content of `config.json` or `auth.json`
+ * @param image The image's registry and repository
+ * @returns What `credHelpers`, else `credsStore`, else the most specific entry of `auths` says
  */
 export function findCredentials(
   config: DockerConfig,
-  { registry, repository }: Pick<ImageReference, "registry" | "repository">,
+  image: Pick<ImageReference, "registry" | "repository">,
 ): Credentials | undefined {
-  const [, helper = config.credsStore] = mostSpecific(config.credHelpers, registry) ?? [];
-  if (typeof helper === "string" && helper !== "") return { helper };
-  const [, entry] = mostSpecific(config.auths, `${registry}/${repository}`) ?? [];
-  if (typeof entry?.identitytoken === "string" && entry.identitytoken !== "") {
-    return { identityToken: entry.identitytoken };
-  }
-  if (typeof entry?.auth !== "string") {
-    return entry?.username && entry.password ? { username: entry.username, password: entry.password } : undefined;
-  }
-  const [, username, password] = /^([^:]+):(.*?)\0*$/s.exec(Buffer.from(entry.auth, "base64").toString("utf8")) ?? [];
-  return username === undefined || password === undefined ? undefined : { username, password };
+  return lookUpCredentials(config, image).credentials;
 }
 
-/** Keys carry a scheme and a path from old days, or, podman's, a namespace; host and port must be equal in any case. */
-function mostSpecific<T>(entries: Record<string, T> | undefined, name: string): [key: string, entry: T] | undefined {
-  return Object.entries(entries ?? {})
-    .map(([key, entry]): [string, T] => [normalizeKey(key), entry])
-    .filter(([key]) => name === key || name.startsWith(`${key}/`))
-    .sort(([a], [b]) => b.length - a.length)[0];
+function lookUpCredentials(
+  config: DockerConfig,
+  { registry, repository }: Pick<ImageReference, "registry" | "repository">,
+): { credentials?: Credentials; problem?: string } {
+  const helper = entriesFor(registry, config.credHelpers).find(isFilledText) ?? config.credsStore;
+  if (helper !== undefined && isFilledText(helper)) return { credentials: { helper } };
+  const entry = entriesFor(`${registry}/${repository}`, config.auths).find(isFilled);
+  if (entry === undefined) return {};
+  if (entry.identitytoken) return { credentials: { identityToken: entry.identitytoken } };
+  if (entry.registrytoken) return { credentials: { registryToken: entry.registrytoken } };
+  if (!entry.auth) return { credentials: { username: entry.username ?? "", password: entry.password ?? "" } };
+  const credentials = decodeAuth(entry.auth);
+  return credentials ? { credentials } : { problem: `"auth" for ${registry} is not base64 of "username:password"` };
 }
 
-function normalizeKey(key: string): string {
+function isFilled(entry: DockerAuthEntry | null): boolean {
+  const { auth, username, password, identitytoken, registrytoken } = entry ?? {};
+  return [auth, identitytoken, registrytoken, username && password].some(isFilledText);
+}
+
+function isFilledText(value: unknown): boolean {
+  return typeof value === "string" && value !== "";
+}
+
+function decodeAuth(text: string): UserCredentials | undefined {
+  if (!/^[A-Za-z0-9+/_-]+=*\s*$/.test(text)) return undefined;
+  const decoded = Buffer.from(text, "base64").toString("utf8");
+  const [, username, password = ""] = /^([^:]+):(.*?)\0*$/s.exec(decoded) ?? [];
+  return username === undefined || decoded.includes("\ufffd") ? undefined : { username, password };
+}
+
+/**
+ * Returns the entries whose keys name `name` or a part of it, on whole components, the most specific first. At the same
+ * length a key that is spelled as Docker or podman spells it precedes one that is equal only after normalizing.
+ */
+function entriesFor<T>(name: string, entries: Record<string, T> = {}): T[] {
+  const isHub = name === HUB || name.startsWith(`${HUB}/`);
+  const isExact = (key: string) => key === name || name.startsWith(`${key}/`) || isHub && key === HUB_KEY;
+  return Object.entries(entries)
+    .map(([key, entry]) => ({ path: normalizeKey(key) ?? "", rank: isExact(key) ? 1 : 0, entry }))
+    .filter(({ path }) => path !== "" && (name === path || name.startsWith(`${path}/`)))
+    .sort((a, b) => b.path.length - a.path.length || b.rank - a.rank)
+    .map(({ entry }) => entry);
+}
+
+/** Keys may have a scheme and an old version's path, or podman's namespace. A web login's tokens are ignored. */
+function normalizeKey(key: string): string | undefined {
   const [, scheme, host = "", path = ""] = /^(https?:\/\/)?([^/]*)(.*?)\/*$/.exec(key) ?? [];
+  if (/^\/v\d\/(?:access|refresh)-token$/.test(path)) return undefined;
   const isHub = HUB_NAMES.includes(host) || host === HUB_HOST;
   return `${isHub ? HUB : host}${scheme || /^\/v[12]$/.test(path) ? "" : path}`;
 }
 
-/** `docker-credential-NAME get`. Whatever goes wrong is told, and leads to an anonymous try. */
-async function askHelper(
-  name: string,
-  { image, settings }: { image: ImageReference; settings: Settings },
-): Promise<UsableCredentials | undefined> {
-  const program = `docker-credential-${name}`;
-  const warn = (state: string): undefined => {
-    const message = `Cannot ask ${quote(program)}: ${state}; trying without credentials`;
-    settings.onProgress({ type: "warning", message });
-  };
-  if (!/^[\w.-]+$/.test(name)) return warn("that is no name for a helper");
-  if (Deno.permissions.querySync({ name: "run", command: program }).state !== "granted") {
-    return warn(`it needs deno's --allow-run=${program}`);
-  }
-  try {
-    const child = new Deno.Command(program, {
-      args: ["get"],
-      stdin: "piped",
-      stdout: "piped",
-      stderr: "null",
-      signal: settings.signal,
-    }).spawn();
-    const writer = child.stdin.getWriter();
-    await writer.write(new TextEncoder().encode(image.registry === HUB ? HUB_KEY : image.registry)).catch(() => {});
-    await writer.close().catch(() => {}); // one that does not listen shows it by its answer
-    const { success, stdout } = await child.output();
-    const answer = success ? parseJson(stdout) : undefined;
-    const [username, secret] = [answer?.Username, answer?.Secret];
-    if (typeof username === "string" && typeof secret === "string" && secret !== "") {
-      return username === IDENTITY_USER ? { identityToken: secret } : { username, password: secret };
-    }
-    const said = new TextDecoder().decode(stdout).trim();
-    // To have none for this registry is what most helpers say most of the time.
-    return /not found/i.test(said) ? undefined : warn(success ? "its answer holds no credentials" : quote(said));
-  } catch (error) {
-    settings.signal.throwIfAborted();
-    return warn(error instanceof Deno.errors.NotFound ? "it is not installed" : (error as Error).message);
-  }
-}
-
-const PASSWORD_HINT = "give --username and --password-stdin, or set REGISTRY_USERNAME and REGISTRY_PASSWORD";
-
 /** RFC 7617, with UTF-8 as registries expect it. */
-function basic({ username, password }: UserCredentials): string {
+function basicAuthorization({ username, password }: UserCredentials): string {
   return `Basic ${Buffer.from(`${username}:${password}`, "utf8").toString("base64")}`;
 }
 
+/** Returns the user and password in a URL. */
+function urlCredentials(url: URL): UserCredentials | undefined {
+  if (url.username === "") return undefined;
+  try {
+    return { username: decodeURIComponent(url.username), password: decodeURIComponent(url.password) };
+  } catch (error) {
+    if (!(error instanceof URIError)) throw error;
+    throw usageError(`Cannot use URL ${quote(displayUrl(url))}: its user name or password is not percent-encoded`);
+  }
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
-// 3 Transport: one request. Whatever passes by itself is tried again; whatever does not is said at once.
+// 3 HTTP: one request with its proxy, certificates, timeout, retries and redirects. Transient failures are retried,
+//   others are reported at once.
 // ---------------------------------------------------------------------------------------------------------------------
 
-/** An answer, where it came from in the end, and the means to give it up. */
-interface Exchange {
-  response: Response;
-  /** Where the answer came from, and what was asked in the first place. */
+/** One request, as the sections below make it. */
+interface HttpRequest {
+  headers?: Record<string, string>;
+  /** Form of a POST; without it, the request is a GET. */
+  form?: URLSearchParams;
+  /** Returns the Authorization header for one origin; called again after each redirect. */
+  authorize?: (url: URL) => string | undefined;
+  /** Throws if a redirect must not be followed. */
+  checkRedirect?: (url: URL) => void;
+  /** Whether a digest verifies the answer, so that a redirect to plain http does no harm. */
+  isVerified?: boolean;
+  signal?: AbortSignal;
+}
+
+/** The head of an answer; `read` returns the next chunk of the body, and undefined at its end. */
+interface Answer {
+  status: number;
+  headers: Headers;
+  read: () => Promise<Uint8Array | undefined>;
+}
+
+/** The head of an answer, and the means to read its body or to give it up. */
+interface HttpResponse extends Answer {
+  isOk: boolean;
+  /** Where the answer came from, after redirects. */
   url: URL;
-  asked: URL;
-  controller: AbortController;
+  /** What was requested. */
+  requestUrl: URL;
+  /** A proxy that passed the request on; in plain http it may have answered itself. */
+  proxy?: URL;
+  /** Yields the body. Each chunk is the caller's own. */
+  body(): AsyncGenerator<Uint8Array>;
+  cancel(): void;
 }
 
-/** What is sent: headers, and for a POST a form. */
-interface Message {
-  headers: Record<string, string>;
-  form?: string;
+/** A request that failed, or that the server asked to repeat. */
+class RequestError extends FetchWheelsError {
+  constructor(message: string, readonly details: FailureDetails = {}) {
+    super(details.kind ?? "network", message, details);
+  }
 }
 
-/** What may still go wrong. Bytes that come in restore the tries, but not without end. */
-interface Patience {
-  failures: number;
-  readonly whole: { failures: number };
+interface FailureDetails {
+  kind?: ErrorKind;
+  hint?: string;
+  cause?: unknown;
+  /** Whether a retry may help. @default {true} */
+  isTransient?: boolean;
+  /** Whether the certificate was refused; plain http must not be tried then, as that is what an attacker wants. */
+  isCertificate?: boolean;
+  /** How long the server asked to wait. */
+  waitMs?: number;
 }
 
-/** Asks the first of these URLs that can be connected to, and again while the failure may pass. */
-async function request(
-  urls: URL[],
-  headers: Record<string, string>,
-  { settings, patience = newPatience(), form }: { settings: Settings; patience?: Patience; form?: string },
-): Promise<Exchange> {
-  while (true) {
-    try {
-      const exchange = await askFirst(urls, { headers, form }, settings);
-      if (!isTransient(exchange.response.status)) return exchange;
-      const waitMs = retryAfter(exchange.response.headers.get("retry-after"), settings.now());
-      const body = await readError(exchange, settings);
-      const { message } = statusError("fetch", displayUrl(exchange.url), { exchange, body });
-      throw new RequestError("status", message, { waitMs });
-    } catch (error) {
-      await beforeRetry(error, patience, settings);
+/** Sends requests: binds transport, timeout, retries, clock, signal and log once. Disposing closes connections. */
+class HttpClient implements Disposable {
+  readonly signal: AbortSignal;
+  readonly now: () => number;
+  readonly #settings: Settings;
+  readonly #transport: Transport;
+
+  constructor(settings: Settings) {
+    this.signal = settings.signal;
+    this.now = settings.now;
+    this.#settings = settings;
+    this.#transport = new Transport(settings);
+  }
+
+  [Symbol.dispose](): void {
+    this.#transport[Symbol.dispose]();
+  }
+
+  /** Requests the first of these URLs that can be connected to, and retries transient failures and statuses. */
+  async request(urls: URL[], request: HttpRequest, budget: RetryBudget = this.newBudget()): Promise<HttpResponse> {
+    while (true) {
+      try {
+        const response = await this.#sendToFirst(urls, request);
+        if (!isTransientStatus(response.status)) return response;
+        const waitMs = retryAfter(response.headers.get("retry-after"), this.now());
+        const { message } = await this.statusError(response, `Cannot fetch ${quote(displayUrl(response.url))}`);
+        throw new RequestError(message, { waitMs });
+      } catch (error) {
+        await budget.spend(error);
+      }
     }
   }
-}
 
-function newPatience(whole = { failures: 0 }): Patience {
-  return { failures: 0, whole };
-}
-
-/** Waits until it is time for another try. Throws the failure where another try is of no use, or there is none left. */
-async function beforeRetry(error: unknown, patience: Patience, settings: Settings): Promise<void> {
-  settings.signal.throwIfAborted();
-  if (!(error instanceof RequestError) || !error.mayPass) throw error;
-  const { message, waitMs } = error;
-  if (waitMs !== undefined && waitMs > LONGEST_RETRY_AFTER_MS) {
-    const state = `${message}; it asks to wait ${Math.ceil(waitMs / 1000)} s, which is too long`;
-    throw new FetchWheelsError("network", state, { cause: error });
+  newBudget(options?: BudgetOptions): RetryBudget {
+    return new RetryBudget(this.#settings, options);
   }
-  const isOver = ++patience.whole.failures > settings.retries * WHOLE_RETRIES_FACTOR;
-  if (++patience.failures > settings.retries || isOver) throw error;
-  const delayMs = waitMs ?? backoff(patience.failures - 1);
-  settings.onProgress({ type: "retry", reason: message, delayMs });
-  await settings.delay(delayMs, settings.signal);
+
+  /** Reads a small answer whole, and requests it again if it breaks off. The body is undefined if it is too large. */
+  async readDocument(
+    send: (budget: RetryBudget) => Promise<HttpResponse>,
+    { limit, retries }: { limit: number; retries?: number },
+  ): Promise<{ response: HttpResponse; body: Uint8Array | undefined }> {
+    const budget = this.newBudget({ retries });
+    while (true) {
+      const response = await send(budget);
+      try {
+        const body = await this.#readSmall(response, limit);
+        if (response.isOk && body !== undefined) checkDocument(response.url, body);
+        return { response, body };
+      } catch (error) {
+        await budget.spend(error);
+      }
+    }
+  }
+
+  /** Makes the error for an answer that is not a success, with the registry's own words. */
+  async statusError(response: HttpResponse, what: string, hint?: string): Promise<FetchWheelsError> {
+    const { status, url, proxy } = response;
+    // If the body breaks off, the status says enough.
+    const body = await this.#readSmall(response, MAX_ERROR_BYTES).catch(() => undefined);
+    this.signal.throwIfAborted();
+    const text = new TextDecoder().decode(body);
+    if (status === 400 && url.protocol === "http:" && /HTTP request (?:was sent )?to (?:an )?HTTPS/i.test(text)) {
+      const message = `${what}: ${displayUrl(url)} speaks https, not http`;
+      return new RequestError(message, { hint: HTTPS_HINT, isTransient: false });
+    }
+    const kind = status === 404 ? "not-found" : status === 401 || status === 403 ? "auth" : "network";
+    const words = registryWords(parseJson(body));
+    const subject = what.includes(quote(displayUrl(url))) ? "the server" : displayUrl(url);
+    const through = proxy && url.protocol === "http:" ? ` through proxy ${displayOrigin(proxy)}` : "";
+    const message = `${what}: ${subject} answered ${status}${through}${words && ` (${words})`}`;
+    return new FetchWheelsError(kind, message, { hint });
+  }
+
+  /** Bounds the size and the time of a small document. */
+  async #readSmall(response: HttpResponse, limit: number): Promise<Uint8Array | undefined> {
+    const milliseconds = this.#settings.timeoutMs * DOCUMENT_TIMEOUT_FACTOR;
+    const tooLate = new AbortController();
+    using _deadline = abortAfter(
+      milliseconds,
+      tooLate,
+      () => requestError(response.url, `not complete after ${milliseconds / 1000} s`),
+    );
+    try {
+      return await readAll(interruptible(response.body(), tooLate.signal), limit);
+    } finally {
+      response.cancel();
+    }
+  }
+
+  async #sendToFirst(urls: URL[], request: HttpRequest): Promise<HttpResponse> {
+    let failure: RequestError | undefined;
+    for (const url of urls) {
+      try {
+        return await this.#followRedirects(url, request);
+      } catch (error) {
+        if (!(error instanceof RequestError) || error.details.isCertificate) throw error;
+        if (failure === undefined || failure.details.isTransient === false) failure = error;
+      }
+    }
+    throw failure;
+  }
+
+  /** Follows redirects itself, because `fetch` would take the credentials along to another origin. */
+  async #followRedirects(url: URL, request: HttpRequest): Promise<HttpResponse> {
+    const { authorize, form, isVerified } = request;
+    let current = url;
+    for (let hops = 0; hops <= MAX_REDIRECTS; hops++) {
+      const authorization = authorize?.(current);
+      const headers = { ...request.headers, ...(authorization !== undefined && { authorization }) };
+      const response = await this.#send(current, { ...request, headers });
+      const location = response.headers.get("location");
+      if (![301, 302, 303, 307, 308].includes(response.status) || location === null) {
+        return { ...response, requestUrl: url };
+      }
+      response.cancel();
+      const next = redirectTarget(location, current);
+      // Another origin gets no credentials, so that plain http does no harm to what a digest verifies.
+      if (current.protocol === "https:" && next.protocol === "http:" && !isVerified) {
+        throw finalError(current, `redirected from https to plain http (${displayUrl(next)})`);
+      }
+      if (form !== undefined && next.origin !== current.origin) {
+        throw finalError(current, `redirected with a secret to ${displayOrigin(next)}`);
+      }
+      request.checkRedirect?.(next);
+      current = next;
+    }
+    throw finalError(url, `more than ${MAX_REDIRECTS} redirects`);
+  }
+
+  /** Sends one request; ends with an answer's head or an error. */
+  async #send(url: URL, { form, signal: own = this.signal, ...request }: HttpRequest): Promise<HttpResponse> {
+    const controller = new AbortController();
+    const signal = AbortSignal.any([controller.signal, own, this.signal]);
+    // Deno would otherwise ask for gzip and decode it, and digests would differ.
+    const defaults = { "accept-encoding": "identity", "user-agent": `fetch_wheels/${VERSION}` };
+    const headers: Record<string, string> = { ...defaults, ...request.headers };
+    const method = form === undefined ? "GET" : "POST";
+    const proxy = this.#transport.proxyFor(url);
+    const exchange: Exchange = { url, proxy, method, headers, form, controller, signal };
+    const started = performance.now();
+    using _timer = this.#limitSilence(exchange);
+    const answer = await this.#transport.send(exchange);
+    const ms = Math.round(performance.now() - started);
+    const { status } = answer;
+    const length = answer.headers.get("content-length");
+    const bytes = length === null ? undefined : Number(length);
+    this.#settings.report({ type: "request", method, url: displayUrl(url), status, bytes, range: headers.range, ms });
+    if (proxy !== undefined && status === 407) {
+      controller.abort(); // the body is not read
+      throw proxyStatusError(url, proxy, 407);
+    }
+    const isOk = status >= 200 && status < 300;
+    const body = () => this.#body(exchange, answer);
+    return { ...answer, isOk, url, requestUrl: url, proxy, body, cancel: () => exchange.controller.abort() };
+  }
+
+  /** Yields an answer's bytes; silence is an error, and so is a connection that breaks. */
+  async *#body(exchange: Exchange, answer: Answer): AsyncGenerator<Uint8Array> {
+    const { url, controller, signal } = exchange;
+    const readInTime = async () => {
+      // The timer runs only while this waits: a slow disk is not a silent network.
+      using _timer = this.#limitSilence(exchange);
+      return await untilAborted(answer.read(), signal);
+    };
+    let isEnded = false;
+    try {
+      for (let chunk = await readInTime(); chunk !== undefined; chunk = await readInTime()) yield chunk;
+      isEnded = true;
+    } catch (error) {
+      signal.throwIfAborted();
+      throw error instanceof FetchWheelsError ? error : connectionError(url, { error });
+    } finally {
+      if (!isEnded) controller.abort();
+    }
+  }
+
+  #limitSilence({ url, proxy, controller }: Exchange): Disposable {
+    const { timeoutMs } = this.#settings;
+    const through = proxy === undefined ? "" : ` through proxy ${displayOrigin(proxy)}`;
+    const state = `no data received for ${timeoutMs / 1000} s${through}`;
+    return abortAfter(timeoutMs, controller, () => requestError(url, state));
+  }
 }
 
-function isTransient(status: number): boolean {
+/** The state of one request, until its body has been read. */
+interface Exchange {
+  url: URL;
+  proxy: URL | undefined;
+  method: string;
+  headers: Record<string, string>;
+  form: URLSearchParams | undefined;
+  controller: AbortController;
+  /** Aborted by the controller, or by what ends the whole fetch. */
+  signal: AbortSignal;
+  /** Kept, because Deno ends the body of an aborted fetch only if this object has not been garbage-collected. */
+  response?: Response;
+}
+
+/** Aborts after a time, unless it is disposed of before. */
+function abortAfter(milliseconds: number, controller: AbortController, makeReason: () => Error): Disposable {
+  const timer = setTimeout(() => controller.abort(makeReason()), milliseconds);
+  return { [Symbol.dispose]: () => clearTimeout(timer) };
+}
+
+/** Recognizes the pages of captive portals, and bodies that are compressed against the request. */
+function checkDocument(url: URL, body: Uint8Array): void {
+  const isHtml = /^\s*</.test(Buffer.from(body.subarray(0, 200)).toString("latin1"));
+  if (!isHtml && !(body[0] === 0x1f && body[1] === 0x8b)) return;
+  const state = isHtml ? "text/html (a login page or a proxy?)" : "compressed with gzip, which was not requested";
+  throw integrityError(`Cannot read ${quote(displayUrl(url))}: the answer is ${state}`);
+}
+
+interface BudgetOptions {
+  retries?: number;
+  /** Shared by the budgets of one download. */
+  total?: { failures: number; reported?: { attempt: number; at: number } };
+  signal?: AbortSignal;
+}
+
+/** Retry budget. Progress resets `failures`; `total` bounds a whole download, which may have several budgets. */
+class RetryBudget {
+  readonly #settings: Settings;
+  readonly #retries: number;
+  readonly #total: NonNullable<BudgetOptions["total"]>;
+  readonly #signal: AbortSignal;
+  #failures = 0;
+
+  constructor(settings: Settings, options: BudgetOptions = {}) {
+    this.#settings = settings;
+    this.#retries = options.retries ?? settings.retries;
+    this.#total = options.total ?? { failures: 0 };
+    this.#signal = options.signal ?? settings.signal;
+  }
+
+  progress(): void {
+    this.#failures = 0;
+  }
+
+  /** Waits until the next attempt may start; throws the error if there must not be one. */
+  async spend(error: unknown): Promise<void> {
+    const { delay, now, report } = this.#settings;
+    const [retries, total, signal] = [this.#retries, this.#total, this.#signal];
+    signal.throwIfAborted();
+    if (!(error instanceof RequestError) || error.details.isTransient === false) throw error;
+    const { message, details: { waitMs } } = error;
+    if (retries > 0 && waitMs !== undefined && waitMs > MAX_RETRY_AFTER_MS) {
+      const limit = MAX_RETRY_AFTER_MS / 1000;
+      const state = `${message}; server asked to wait ${Math.ceil(waitMs / 1000)} s; the limit is ${limit} s`;
+      throw new FetchWheelsError("network", state, { cause: error });
+    }
+    this.#failures++;
+    total.failures++;
+    if (this.#failures > retries || total.failures > retries * TOTAL_RETRIES_FACTOR) throw error;
+    const delayMs = waitMs ?? backoff(this.#failures - 1);
+    // Connections that break together are one line in the log.
+    if (this.#failures !== total.reported?.attempt || now() - total.reported.at >= RETRY_REPORT_MS) {
+      total.reported = { attempt: this.#failures, at: now() };
+      report({ type: "retry", reason: message, delayMs, attempt: this.#failures, retries });
+    }
+    await delay(delayMs, signal).catch((failure) => {
+      signal.throwIfAborted();
+      throw failure;
+    });
+  }
+}
+
+function isTransientStatus(status: number): boolean {
   return status === 408 || status === 429 || status >= 500;
 }
 
-/** Exponential with full jitter, so that a fleet of builds does not come back in step. */
+/** Exponential with full jitter, so that a fleet of builds does not retry in step. */
 function backoff(attempt: number): number {
-  return Math.random() * Math.min(LONGEST_DELAY_MS, FIRST_DELAY_MS * 2 ** attempt);
+  return Math.random() * Math.min(MAX_DELAY_MS, FIRST_DELAY_MS * 2 ** attempt);
 }
 
-/** Milliseconds that a `Retry-After` asks for, in seconds or as a date (RFC 9110); undefined for nonsense and the past. */
+/** Returns the milliseconds of a `Retry-After`, in seconds or as a date (RFC 9110); undefined if invalid or past. */
 function retryAfter(value: string | null, now: number): number | undefined {
   if (value === null) return undefined;
   if (/^\s*\d+\s*$/.test(value)) return Number(value) * 1000;
@@ -870,541 +1514,716 @@ function retryAfter(value: string | null, now: number): number | undefined {
   return wait > 0 ? wait : undefined;
 }
 
-function delay(milliseconds: number, signal?: AbortSignal): Promise<void> {
-  return new Promise((resolve, reject) => {
-    if (signal?.aborted) return reject(signal.reason);
-    const stop = () => {
-      clearTimeout(timer);
-      reject(signal?.reason);
-    };
-    const timer = setTimeout(() => {
-      signal?.removeEventListener("abort", stop);
-      resolve();
-    }, milliseconds);
-    signal?.addEventListener("abort", stop, { once: true });
-  });
-}
-
-async function askFirst(urls: URL[], message: Message, settings: Settings): Promise<Exchange> {
-  let failure: RequestError | undefined;
-  for (const url of urls) {
-    try {
-      return await followRedirects(url, message, settings);
-    } catch (error) {
-      // A refused certificate must not lead to plain http: that is what an attacker would want.
-      if (!(error instanceof RequestError) || error.reason === "certificate") throw error;
-      if (failure === undefined || !failure.mayPass) failure = error;
-    }
-  }
-  throw failure;
-}
-
-/** Redirects are followed by hand, for `fetch` would take the credentials along to whoever answers. */
-async function followRedirects(url: URL, { headers, form }: Message, settings: Settings): Promise<Exchange> {
-  let { authorization, ...rest } = headers;
-  const carriedSecret = authorization !== undefined || form !== undefined;
-  let current = url;
-  for (let hops = 0; hops <= MAX_REDIRECTS; hops++) {
-    const sent = authorization === undefined ? rest : { ...rest, authorization };
-    const exchange = await send(current, { headers: sent, form }, settings);
-    const location = exchange.response.headers.get("location");
-    if (![301, 302, 303, 307, 308].includes(exchange.response.status) || location === null) {
-      return { ...exchange, asked: url };
-    }
-    await exchange.response.body?.cancel();
-    const next = redirectTarget(location, current);
-    if (carriedSecret && current.protocol === "https:" && next.protocol === "http:") {
-      throw network("follow", current, `it redirects to plain http (${displayUrl(next)}), and a password is in use`);
-    }
-    if (next.origin !== current.origin && form !== undefined) {
-      throw network("follow", current, "it redirects a secret elsewhere");
-    }
-    if (next.origin !== current.origin) authorization = undefined;
-    current = next;
-  }
-  throw network("follow", url, `it redirects more than ${MAX_REDIRECTS} times`);
-}
-
 function redirectTarget(location: string, base: URL): URL {
   const target = URL.canParse(location, base.href) ? new URL(location, base) : undefined;
-  if (target === undefined || !/^https?:$/.test(target.protocol)) {
-    throw network("follow", base, "it redirects to what is no http(s) URL");
-  }
-  target.username = target.password = "";
-  return target;
+  if (target !== undefined && /^https?:$/.test(target.protocol)) return withoutUser(target);
+  throw finalError(base, "redirected to something that is not an http(s) URL");
 }
 
-/** One request, no more. Ends with an answer's head or a `RequestError`. */
-async function send(url: URL, { headers, form }: Message, settings: Settings): Promise<Exchange> {
-  const controller = new AbortController();
-  const timer = setTimeout(() => controller.abort(silence(url, settings)), settings.timeout * 1000);
-  try {
-    const response = await settings.fetch(url, {
-      // Deno would otherwise ask for gzip and decode it, and no digest would fit.
-      headers: { "accept-encoding": "identity", "user-agent": `fetch_wheels/${VERSION}`, ...headers },
-      ...(form === undefined ? {} : { method: "POST", body: new URLSearchParams(form) }),
-      redirect: "manual",
-      signal: AbortSignal.any([controller.signal, settings.signal]),
-    });
-    settings.onProgress({ type: "request", url: displayUrl(url), status: response.status });
-    return { response, url, asked: url, controller };
-  } catch (error) {
-    settings.signal.throwIfAborted();
-    controller.signal.throwIfAborted();
-    throw error instanceof Deno.errors.NotCapable ? error : requestError(url, error);
-  } finally {
-    clearTimeout(timer);
-  }
+/** Without user information, path and query. */
+function displayOrigin(url: URL): string {
+  return `${url.protocol}//${url.host}`;
 }
 
-/** The bytes of an answer; a connection that is silent for too long is an error, and so is one that dies. */
-async function* answerBody({ response, url, controller }: Exchange, settings: Settings): AsyncGenerator<Uint8Array> {
-  if (response.body === null) return;
-  const reader = response.body.getReader();
-  const silent = () => controller.abort(silence(url, settings));
-  try {
-    while (true) {
-      // The clock runs only while this waits: a slow disk is not a silent network.
-      const timer = setTimeout(silent, settings.timeout * 1000);
-      const { done, value } = await reader.read().finally(() => clearTimeout(timer));
-      if (done) return;
-      yield value;
-    }
-  } catch (error) {
-    settings.signal.throwIfAborted();
-    controller.signal.throwIfAborted();
-    throw error instanceof FetchWheelsError ? error : requestError(url, error);
-  } finally {
-    controller.abort(); // whatever is left of the body
-  }
-}
-
-/** A small answer as a whole, asked for again where it breaks off. */
-async function askWhole(
-  ask: (patience: Patience) => Promise<Exchange>,
-  { limit, settings }: { limit: number; settings: Settings },
-): Promise<{ exchange: Exchange; body: Uint8Array | undefined }> {
-  const patience = newPatience();
-  while (true) {
-    const exchange = await ask(patience);
-    try {
-      return { exchange, body: await readAll(exchange, limit, settings) };
-    } catch (error) {
-      await beforeRetry(error, patience, settings);
-    }
-  }
-}
-
-async function readAll(exchange: Exchange, limit: number, settings: Settings): Promise<Uint8Array | undefined> {
-  return await gather(answerBody(exchange, settings), limit);
-}
-
-/** All of these bytes, or undefined where there are more than so many. */
-async function gather(bytes: AsyncIterable<Uint8Array>, limit: number): Promise<Uint8Array | undefined> {
-  const chunks: Uint8Array[] = [];
-  let size = 0;
-  for await (const chunk of bytes) {
-    size += chunk.length;
-    if (size > limit) return undefined;
-    chunks.push(chunk);
-  }
-  return Buffer.concat(chunks);
-}
-
-type RequestReason = "certificate" | "not-tls" | "refused" | "unreachable" | "silent" | "broken" | "status";
-
-/** A request that got no answer, one that broke off, or one that says to come again. */
-class RequestError extends FetchWheelsError {
-  readonly reason: RequestReason;
-  /** What the server asked to wait. */
-  readonly waitMs?: number;
-
-  constructor(
-    reason: RequestReason,
-    message: string,
-    options: { kind?: ErrorKind; hint?: string; cause?: unknown; waitMs?: number } = {},
-  ) {
-    super(options.kind ?? "network", message, options);
-    this.reason = reason;
-    this.waitMs = options.waitMs;
-  }
-
-  /** Whether another try may help. */
-  get mayPass(): boolean {
-    return this.reason !== "certificate" && this.reason !== "not-tls";
-  }
-}
-
-function silence(url: URL, { timeout }: Settings): RequestError {
-  return new RequestError("silent", `Cannot fetch ${quote(displayUrl(url))}: nothing came for ${timeout} s`);
-}
-
-/** What `fetch` and `node:https` throw, told by its words, for it has nothing else. */
-const CONNECTION_FAILURES: [pattern: RegExp, reason: RequestReason, words: string][] = [
-  [/peer certificate|CERT|SELF_SIGNED|UNABLE_TO_/, "certificate", "its certificate is not trusted"],
-  [/InvalidContentType|WRONG_VERSION_NUMBER/, "not-tls", "it does not speak TLS"],
-  [/refused/i, "refused", "the connection is refused"],
-  [/dns error|ENOTFOUND|EAI_AGAIN/, "unreachable", "there is no such host"],
-  [/unreachable|no route/i, "unreachable", "the network is unreachable"],
-  [/timed? ?out/i, "silent", "the connection timed out"],
-];
-
-const CONNECTION_HINTS: Partial<Record<RequestReason, string>> = {
-  certificate: "trust it with --ca-file PEM (REGISTRY_CA_FILE), or accept any certificate with --insecure",
-  "not-tls": "if it speaks plain http: --protocol http (REGISTRY_PROTOCOL)",
-};
-
-function requestError(url: URL, error: unknown): RequestError {
-  const { message, cause } = error as Error;
-  const text = `${message} ${cause instanceof Error ? cause.message : ""} ${(error as { code?: string }).code ?? ""}`;
-  const said = text.replace(/https?:\/\/[^\s)]*/g, ""); // what the user wrote must not be taken for a failure
-  const found = CONNECTION_FAILURES.find(([pattern]) => pattern.test(said));
-  const [, reason, words] = found ?? [/./, "broken" as const, "the connection broke"];
-  const isHttpLikely = url.protocol === "https:" && reason === "refused";
-  const hint = CONNECTION_HINTS[isHttpLikely ? "not-tls" : reason];
-  const detail = reason === "certificate" || reason === "broken" ? ` (${brief(said)})` : "";
-  const state = `Cannot fetch ${quote(displayUrl(url))}: ${words}${detail}`;
-  return new RequestError(reason, state, { hint, cause: error });
-}
-
-function network(action: string, url: URL, state: string): FetchWheelsError {
-  return new FetchWheelsError("network", `Cannot ${action} ${quote(displayUrl(url))}: ${state}`);
-}
-
-/** The last words of an error's chain, without the URL in its middle. */
-function brief(text: string): string {
-  return quote(text.trim().split(/\): (?:client error \(\w+\): )?|peer certificate: /).at(-1) ?? text).slice(1, -1)
-    .slice(0, 120);
-}
-
-/** For people: without the query, which may be a signature, and without a password. */
-function displayUrl(url: URL): string {
-  return `${url.origin}${url.pathname}${url.search === "" ? "" : "?…"}`;
-}
-
-/** An answer that is no success, with the registry's own words (distribution specification, "Error Codes"). */
-function statusError(
-  action: string,
-  value: string,
-  { exchange: { response, url }, body, hint }: { exchange: Exchange; body: Uint8Array | undefined; hint?: string },
-): FetchWheelsError {
-  const kind = response.status === 404 ? "not-found" : [401, 403].includes(response.status) ? "auth" : "network";
-  const said = registryWords(parseJson(body));
-  const words = `${value === displayUrl(url) ? "it" : displayUrl(url)} answered ${response.status}${
-    said === "" ? "" : ` (${said})`
-  }`;
-  return new FetchWheelsError(kind, `Cannot ${action} ${quote(value)}: ${words}`, { hint });
-}
-
-function registryWords(json: ReturnType<typeof parseJson>): string {
+/** Returns the words of an error's body (distribution specification, "Error Codes"). */
+function registryWords(json: JsonObject | undefined): string {
   const errors: { code?: unknown; message?: unknown }[] = Array.isArray(json?.errors) ? json.errors : [];
   const words = errors.map((error) => [error?.code, error?.message].filter(Boolean).join(": ")).join("; ");
-  return quote(String(words || json?.details || json?.message || "")).slice(1, -1).slice(0, 300);
+  return quote(withoutSecrets(String(words || json?.details || json?.message || ""))).slice(1, -1).slice(0, MAX_SHOWN);
 }
 
-/** The body of an error. That it breaks off is no news: the status is, and it is in the message. */
-async function readError(exchange: Exchange, settings: Settings): Promise<Uint8Array | undefined> {
-  return await readAll(exchange, MAX_ERROR_BYTES, settings).catch(() => undefined);
+function requestError(url: URL, state: string, options?: FailureDetails): RequestError {
+  return new RequestError(`Cannot fetch ${quote(displayUrl(url))}: ${state}`, options);
+}
+
+/** A failure that a retry cannot help. */
+function finalError(url: URL, state: string): RequestError {
+  return requestError(url, state, { isTransient: false });
+}
+
+const HTTP_HINT = "if the server speaks plain http: --protocol http (REGISTRY_PROTOCOL)";
+const HTTPS_HINT = "use --protocol https (REGISTRY_PROTOCOL)";
+const PROXY_HINT = "check HTTPS_PROXY, HTTP_PROXY and NO_PROXY";
+const NOT_TLS: FailureDetails = { isTransient: false };
+const NOT_HTTP: FailureDetails = { isTransient: false, hint: HTTPS_HINT };
+const UNTRUSTED: FailureDetails = {
+  isTransient: false,
+  isCertificate: true,
+  hint: "trust it with --ca-file PEM (REGISTRY_CA_FILE), or accept any certificate with --insecure",
+};
+
+/** What `fetch` and Node's modules throw, recognized by its words, because `fetch` has no codes; first match wins. */
+// deno-fmt-ignore
+const CONNECTION_FAILURES: [pattern: RegExp, state: string, options?: FailureDetails][] = [
+  [/Too many open files|EMFILE|ENFILE/, "too many open files (see ulimit -n)", { kind: "io", isTransient: false }],
+  [/Temporary failure in name resolution|EAI_AGAIN/, "the name server does not answer"],
+  [/dns error|ENOTFOUND|failed to lookup/, "no such host", { isTransient: false }],
+  [/certificate.*expired|CERT_HAS_EXPIRED/i, "it has expired", UNTRUSTED],
+  [/NotValidYet|NOT_YET_VALID/, "it is not valid yet", UNTRUSTED],
+  [/NotValidForName|not valid for name|ALTNAME/, "it is for another host name", UNTRUSTED],
+  [/CaUsedAsEndEntity|SELF_SIGNED|self.signed/, "it is self-signed", UNTRUSTED],
+  [/UnknownIssuer|UNABLE_TO_/, "its issuer is unknown", UNTRUSTED],
+  [/certificate|CERT_/, "no reason given", UNTRUSTED],
+  [/InvalidContentType|WRONG_VERSION_NUMBER|corrupt message/, "the server does not speak TLS", NOT_TLS],
+  [/invalid HTTP version|HPE_INVALID/, "the answer is not HTTP; the server may speak https", NOT_HTTP],
+  [/refused/i, "connection refused"],
+  [/unreachable|no route/i, "network unreachable"],
+  [/timed? ?out/i, "connection timed out"],
+];
+
+/** Explains what a transport has thrown. If the proxy has failed, plain http is never the hint. */
+function connectionError(url: URL, { error, proxy }: { error: unknown; proxy?: URL }): RequestError {
+  const { message, cause } = error as Error;
+  const text = `${message} ${cause instanceof Error ? cause.message : ""} ${errorCode(error) ?? ""}`;
+  const words = text.replace(/https?:\/\/[^\s)]*/g, ""); // an image's name must not be taken for a failure
+  const known = CONNECTION_FAILURES.find(([pattern]) => pattern.test(words));
+  const [, reason = "connection lost", options = {}] = known ?? [];
+  const state = options.isCertificate ? `the certificate is not trusted (${reason})` : reason;
+  if (proxy !== undefined && !options.isCertificate) {
+    return requestError(url, `proxy ${displayOrigin(proxy)}: ${state}`, { ...options, hint: PROXY_HINT, cause: error });
+  }
+  const isHttpLikely = url.protocol === "https:" && /TLS$|refused$/.test(state);
+  const isRegistry = url.pathname.startsWith("/v2/"); // elsewhere, the URL is the user's own
+  const hint = isRegistry ? HTTP_HINT : `if the server speaks plain http: http://${url.host}${url.pathname}`;
+  return requestError(url, state, { ...options, ...(isHttpLikely && { hint }), cause: error });
+}
+
+function proxyStatusError(url: URL, proxy: URL, status: number): RequestError {
+  const hint = status === 407 ? "put the proxy's user name and password into the variable that names it" : PROXY_HINT;
+  const isTransient = isTransientStatus(status);
+  return requestError(url, `proxy ${displayOrigin(proxy)} answered ${status}`, { isTransient, hint });
 }
 
 /**
- * `fetch`, but with the certificates that the user trusts. rustls, below `fetch`, refuses a server's certificate that is
- * its own CA even when it is trusted, and cannot be told to accept any: then `node:https` does it.
+ * Sends one request over the right route. `fetch` is the fast way. `node:https` does what `fetch` cannot: accept any
+ * certificate, accept one that is its own authority, connect directly although the environment names a proxy, and name
+ * the status with which a proxy refuses a tunnel.
  */
-function trustingFetch(client: Deno.HttpClient, pem: string[], insecure: boolean): typeof globalThis.fetch {
-  if (insecure) return (input, init) => nodeFetch(input, init, { ca: [], rejectUnauthorized: false });
-  const pinned = pem.map((text) => Buffer.from(text.replace(/-----[^-]+-----|\s/g, ""), "base64"));
-  // The very certificate that the user gave needs no fitting name in it.
-  const checkServerIdentity = (host: string, certificate: tls.PeerCertificate) =>
-    pinned.some((raw) => raw.equals(certificate.raw)) ? undefined : tls.checkServerIdentity(host, certificate);
-  return async (input, init) => {
-    try {
-      return await fetch(input, { ...init, client });
-    } catch (error) {
-      const isRefused = error instanceof TypeError && /peer certificate/.test(String(error.cause));
-      if (pem.length === 0 || !isRefused) throw error;
-      return await nodeFetch(input, init, { ca: pem, checkServerIdentity });
+class Transport implements Disposable {
+  readonly #settings: Settings;
+  readonly #findProxy: (url: URL) => URL | undefined;
+  readonly #clients = new Map<string, Deno.HttpClient>();
+  readonly #agents = new Map<string, https.Agent>();
+  /** Origins whose certificate only `node:https` accepts. */
+  readonly #pinned = new Set<string>();
+  /** The system's certificates, once they were needed. */
+  #system: string[] | undefined;
+
+  constructor(settings: Settings) {
+    this.#settings = settings;
+    this.#findProxy = readProxies(settings.env);
+  }
+
+  [Symbol.dispose](): void {
+    for (const client of this.#clients.values()) client.close();
+    for (const agent of this.#agents.values()) agent.destroy();
+  }
+
+  proxyFor(url: URL): URL | undefined {
+    return this.#settings.fetch === undefined ? this.#findProxy(url) : undefined;
+  }
+
+  async send(exchange: Exchange): Promise<Answer> {
+    const { url, proxy, signal } = exchange;
+    while (true) {
+      try {
+        return await this.#sendOnce(exchange);
+      } catch (error) {
+        signal.throwIfAborted();
+        if (error instanceof Deno.errors.NotCapable) throw error;
+        const failedProxy = /\(Connect\)/.test(String((error as Error).cause)) ? proxy : undefined;
+        const failure = error instanceof FetchWheelsError ? error : connectionError(url, { error, proxy: failedProxy });
+        if (!(failure instanceof RequestError && failure.details.isCertificate && this.#extendTrust(url))) {
+          throw failure;
+        }
+      }
     }
+  }
+
+  /** After a certificate was refused: trusts the system's certificates as well, then what only `node:https` accepts. */
+  #extendTrust({ origin }: URL): boolean {
+    const { fetch, insecure, env } = this.#settings;
+    if (fetch !== undefined || insecure || this.#pinned.has(origin)) return false;
+    if (this.#system !== undefined) {
+      this.#pinned.add(origin);
+      return true;
+    }
+    this.#system = readSystemCertificates(env);
+    for (const client of this.#clients.values()) client.close();
+    this.#clients.clear();
+    return true;
+  }
+
+  async #sendOnce(exchange: Exchange): Promise<Answer> {
+    const { url, proxy } = exchange;
+    const { fetch: given, insecure } = this.#settings;
+    if (given !== undefined) return await sendByFetch(given, exchange);
+    // `fetch` obeys the environment of the process by itself.
+    const isFetchProxied = ["HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"].some(readEnvironment);
+    const isMisrouted = proxy === undefined ? isFetchProxied : !proxy.protocol.startsWith("socks");
+    const needsNode = insecure || isMisrouted || this.#pinned.has(url.origin);
+    if (url.protocol === "https:" && needsNode) return await sendByNode(this.#agentFor(exchange), exchange);
+    return await sendByFetch(fetch, exchange, this.#clientFor(exchange));
+  }
+
+  #clientFor({ url, proxy }: Exchange): Deno.HttpClient {
+    // Connecting to a fixed address bypasses the environment's proxies, but only for plain http.
+    const isFixed = proxy === undefined && url.protocol === "http:";
+    const address = { transport: "tcp", hostname: bareHost(url.hostname), port: Number(url.port || 80) } as const;
+    const through = proxy && { url: withoutUser(proxy).href, basicAuth: urlCredentials(proxy) };
+    const key = proxy?.href ?? (isFixed ? url.origin : "");
+    const client = this.#clients.get(key) ?? Deno.createHttpClient({
+      caCerts: [...this.#settings.certificates, ...this.#system ?? []],
+      // HTTP/2 would put all ranges on one connection, and that is the one that is throttled.
+      http2: false,
+      proxy: through ?? (isFixed ? address : undefined),
+    });
+    this.#clients.set(key, client);
+    return client;
+  }
+
+  #agentFor({ url, proxy }: Exchange): https.Agent {
+    const isPinned = this.#pinned.has(url.origin);
+    const key = `${isPinned} ${proxy?.href}`;
+    const agent = this.#agents.get(key) ?? new https.Agent({ keepAlive: true });
+    this.#agents.set(key, agent);
+    agent.createConnection = (target, callback) => {
+      const { exchange } = target as http.ClientRequestArgs & { exchange: Exchange };
+      const connecting = connectSecurely(exchange, this.#tlsOptions(isPinned));
+      connecting.then((socket) => callback?.(null, socket), (error) => callback?.(error, error));
+      return undefined as never; // the callback receives the socket
+    };
+    return agent;
+  }
+
+  /** Without `ca`, Node's modules trust the built-in roots; to read those, Deno wants another permission. */
+  #tlsOptions(isPinned: boolean): tls.ConnectionOptions {
+    const { insecure, certificates } = this.#settings;
+    if (insecure) return { rejectUnauthorized: false };
+    if (!isPinned) return {};
+    const given = certificates.map((text) => new crypto.X509Certificate(text).raw);
+    return {
+      ca: [...certificates, ...this.#system ?? []],
+      // The very certificate that the user gave needs no matching name in it.
+      checkServerIdentity: (host, certificate) =>
+        given.some((raw) => raw.equals(certificate.raw)) ? undefined : tls.checkServerIdentity(host, certificate),
+    };
+  }
+}
+
+async function sendByFetch(
+  send: typeof fetch,
+  exchange: Exchange,
+  client?: Deno.HttpClient,
+): Promise<Answer> {
+  const { url, method, headers, form, signal } = exchange;
+  const init: RequestInit & { client?: Deno.HttpClient } = { method, headers, body: form, redirect: "manual", signal };
+  const response = await send(url, client === undefined ? init : { ...init, client });
+  exchange.response = response;
+  return { status: response.status, headers: response.headers, read: bodyReader(response.body) };
+}
+
+/** Reads into buffers of its own if it can: half the time and a third of the memory of the default reader. */
+function bodyReader(stream: ReadableStream<Uint8Array<ArrayBuffer>> | null): Answer["read"] {
+  if (stream === null) return () => Promise.resolve(undefined);
+  let reader: ReadableStreamBYOBReader;
+  try {
+    reader = stream.getReader({ mode: "byob" });
+  } catch (error) {
+    if (!(error instanceof TypeError)) throw error; // a stream that someone else made may not be a byte stream
+    const plain = stream.getReader();
+    return async () => (await plain.read()).value;
+  }
+  let size = READ_BYTES;
+  return async () => {
+    const { done, value } = await reader.read(new Uint8Array(size));
+    if (done || value === undefined) return undefined;
+    size = Math.min(READ_BYTES, 2 * value.length); // a buffer that is hardly filled wastes memory while it waits
+    return value;
   };
+}
+
+async function sendByNode(agent: https.Agent, exchange: Exchange): Promise<Answer> {
+  const { url, method, headers, form, signal } = exchange;
+  const all = form === undefined ? headers : { ...headers, "content-type": "application/x-www-form-urlencoded" };
+  const answered = Promise.withResolvers<http.IncomingMessage>();
+  // The agent passes `exchange` on to its `createConnection`.
+  const options = { method, headers: all, agent, signal, exchange };
+  const request = https.request(url, options, answered.resolve);
+  request.on("error", answered.reject); // also keeps an error after the answer from being uncaught
+  request.end(form?.toString());
+  const answer = await untilAborted(answered.promise, signal);
+  answer.on("error", () => {}); // the reader gets it
+  const chunks = answer[Symbol.asyncIterator]();
+  const read = async () => (await chunks.next()).value as Uint8Array | undefined;
+  const fields = new Headers();
+  for (const [name, values = []] of Object.entries(answer.headersDistinct)) {
+    for (const value of values) fields.append(name, value);
+  }
+  return { status: answer.statusCode ?? 0, headers: fields, read };
+}
+
+/** Opens a TLS connection to a server, through a tunnel if there is a proxy. */
+async function connectSecurely(exchange: Exchange, options: tls.ConnectionOptions): Promise<tls.TLSSocket> {
+  const { url, signal } = exchange;
+  const host = bareHost(url.hostname);
+  const servername = net.isIP(host) ? "" : host;
+  const socket = await openTunnel(exchange, options);
+  const opened = Promise.withResolvers<void>();
+  const target = { host, port: Number(url.port || 443), servername, socket };
+  const secure = tls.connect({ ...options, ...target }, opened.resolve);
+  secure.on("error", opened.reject); // also keeps a later error from being uncaught
+  await untilAborted(opened.promise, signal).catch((error) => {
+    secure.destroy();
+    throw error;
+  });
+  return secure;
+}
+
+/** Opens a tunnel through an HTTP proxy, if there is one (RFC 9110, section 9.3.6). */
+async function openTunnel({ url, proxy, signal }: Exchange, options: tls.ConnectionOptions) {
+  if (proxy === undefined) return undefined;
+  if (proxy.protocol.startsWith("socks")) {
+    const hint = "SOCKS proxies do not work with --insecure or --ca-file";
+    throw requestError(url, `proxy ${displayOrigin(proxy)} cannot be used here`, { isTransient: false, hint });
+  }
+  const authority = `${url.hostname}:${url.port || 443}`;
+  const user = urlCredentials(proxy);
+  const headers = { host: authority, ...(user && { "proxy-authorization": basicAuthorization(user) }) };
+  const isSecure = proxy.protocol === "https:";
+  const address = { host: bareHost(proxy.hostname), port: Number(proxy.port || (isSecure ? 443 : 80)) };
+  const createConnection = () => isSecure ? tls.connect({ ...options, ...address }) : net.connect(address);
+  const opened = Promise.withResolvers<net.Socket>();
+  const request = http.request({ method: "CONNECT", path: authority, headers, createConnection });
+  request.on("error", (error) => opened.reject(connectionError(url, { error, proxy })));
+  request.on("connect", (answer, socket) => {
+    if (answer.statusCode === 200) return opened.resolve(socket as net.Socket);
+    socket.destroy();
+    opened.reject(proxyStatusError(url, proxy, answer.statusCode ?? 0));
+  });
+  request.end();
+  return await untilAborted(opened.promise, signal).catch((error) => {
+    request.destroy();
+    throw error;
+  });
+}
+
+/**
+ * Reads the usual variables, in upper or lower case, and returns a function that finds the proxy for a URL. Loopback
+ * never goes through a proxy, as in Go. A proxy that is not valid is an error that does not show it.
+ */
+function readProxies(env: (name: string) => string | undefined): (url: URL) => URL | undefined {
+  const read = (name: string): URL | undefined => {
+    const variable = [name, name.toLowerCase()].find((candidate) => env(candidate)?.trim());
+    const text = variable && env(variable)?.trim();
+    if (!text) return undefined;
+    const full = /^[a-z][a-z0-9+.-]*:\/\//i.test(text) ? text : `http://${text}`;
+    const url = URL.canParse(full) ? new URL(full) : undefined;
+    if (url?.hostname && /^(?:https?|socks5h?):$/.test(url.protocol)) return url;
+    throw usageError(`Cannot use the proxy in $${variable}: it is not an http, https or socks5 URL`);
+  };
+  const all = read("ALL_PROXY");
+  const [forHttp, forHttps] = [read("HTTP_PROXY") ?? all, read("HTTPS_PROXY") ?? all];
+  const exempt = (env("NO_PROXY") || env("no_proxy") || "").toLowerCase().split(/[\s,]+/).filter(Boolean);
+  return (url) => {
+    if (isLoopback(url.hostname) || exempt.some((entry) => matchesNoProxy(url, entry))) return undefined;
+    return url.protocol === "https:" ? forHttps : forHttp;
+  };
+}
+
+/** An entry is `*`, a host with its subdomains (also `.host`, `*.host`), `host:port`, an address or a CIDR block. */
+function matchesNoProxy(url: URL, entry: string): boolean {
+  const host = bareHost(url.hostname).replace(/\.$/, "");
+  const [, name = entry, port] = /^(\[[^\]]*\]|[^:]*):(\d+)$/.exec(entry) ?? [];
+  const defaultPort = url.protocol === "https:" ? 443 : 80;
+  if (port !== undefined && Number(port) !== Number(url.port || defaultPort)) return false;
+  const wanted = bareHost(name).replace(/^\*?\./, "").replace(/\.$/, "");
+  if (wanted === "*" || host === wanted || isInBlock(host, wanted)) return true;
+  return wanted !== "" && host.endsWith(`.${wanted}`);
+}
+
+/** Reports whether an address is in a CIDR block, or is the address that the block consists of. */
+function isInBlock(address: string, block: string): boolean {
+  const [base = "", bits = net.isIPv6(base) ? "128" : "32"] = block.split("/");
+  const family = net.isIPv6(base) ? "ipv6" : "ipv4";
+  const isBlock = net.isIP(base) !== 0 && /^\d{1,3}$/.test(bits) && Number(bits) <= (family === "ipv6" ? 128 : 32);
+  if (!isBlock || net.isIP(address) === 0) return false;
+  const list = new net.BlockList();
+  list.addSubnet(base, Number(bits), family);
+  return list.check(address, net.isIPv6(address) ? "ipv6" : "ipv4");
+}
+
+/** Removes the brackets of an IPv6 address. */
+function bareHost(hostname: string): string {
+  return hostname.replace(/^\[|\]$/g, "");
+}
+
+/** Loopback, private, link-local and unspecified addresses; RFC 1918, RFC 3927, RFC 4193, RFC 4291, RFC 6598. */
+// deno-fmt-ignore
+const PRIVATE_BLOCKS = ["0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12",
+  "192.168.0.0/16", "::/128", "::1/128", "fc00::/7", "fe80::/10"];
+
+/** Reports whether a host is a private address, also as an IPv4-mapped IPv6 one, or `localhost`. */
+function isPrivateHost(hostname: string): boolean {
+  return isLoopback(hostname) || PRIVATE_BLOCKS.some((block) => isInBlock(bareHost(hostname), block));
+}
+
+/** Reports whether a host is private, or its name is usually resolved on the local network only. */
+function isLocalHost(hostname: string): boolean {
+  return isPrivateHost(hostname) || /^[^.:[\]]+$|\.(?:local|internal)$/.test(hostname);
+}
+
+function isLoopback(hostname: string): boolean {
+  const host = bareHost(hostname);
+  return /^(?:.+\.)?localhost\.?$/i.test(host) || ["127.0.0.0/8", "::1"].some((block) => isInBlock(host, block));
 }
 
 function readCertificates(file: string): string[] {
   const text = onDisk("read", file, () => fs.readFileSync(file, "utf8"));
-  const found = text.match(/-----BEGIN CERTIFICATE-----[^-]+-----END CERTIFICATE-----/g);
-  if (found === null) throw usage("use certificates", file, "it holds no PEM certificate");
-  return [...found];
+  const pattern = /-----BEGIN (?:TRUSTED )?CERTIFICATE-----[^-]*(?:-----END [A-Z ]*CERTIFICATE-----)?/g;
+  const blocks = text.match(pattern) ?? [];
+  const fail = (state: string) => usageError(`Cannot use certificates in ${quote(file)}: ${state}`);
+  if (blocks.length === 0) throw fail("it has no PEM certificate");
+  for (const [at, block] of blocks.entries()) {
+    try {
+      new crypto.X509Certificate(block);
+      Deno.createHttpClient({ caCerts: [block] }).close();
+    } catch {
+      throw fail(`certificate ${at + 1} of ${blocks.length} is not valid PEM`);
+    }
+  }
+  return blocks;
 }
 
-/** `node:https` in the shape of `fetch`, for what is sent here. Proxies are taken from the environment, as `fetch` does by itself. */
-async function nodeFetch(
-  input: RequestInfo | URL,
-  init: RequestInit = {},
-  options: tls.ConnectionOptions,
-): Promise<Response> {
-  const url = new URL(input instanceof Request ? input.url : input);
-  if (url.protocol !== "https:") return await fetch(input, init);
-  const names = ["HTTPS_PROXY", "https_proxy", "NO_PROXY", "no_proxy"];
-  const proxyEnv = Object.fromEntries(names.map((name) => [name, Deno.env.get(name)]));
-  const agent = new https.Agent({ proxyEnv, ...options } as https.AgentOptions);
-  const { method, body } = init;
-  const form = body === undefined ? {} : { "content-type": "application/x-www-form-urlencoded" };
-  const headers = { ...Object.fromEntries(new Headers(init.headers)), ...form };
-  const signal = init.signal ?? undefined;
-  const sent = https.request(url, { ...options, agent, method, headers, signal });
-  sent.end(body?.toString());
-  const [answer] = await once(sent, "response");
-  const { statusCode: status, statusMessage: statusText } = answer;
-  const fields = Object.entries(answer.headers as Record<string, string | string[]>);
-  const isEmpty = status === 204 || status === 304;
-  return new Response(isEmpty ? null : Readable.toWeb(answer) as ReadableStream<Uint8Array<ArrayBuffer>>, {
-    status,
-    statusText,
-    headers: fields.flatMap(([name, value]) => [value].flat().map((one): [string, string] => [name, one])),
-  });
+/** The usual files in which distributions keep their certificates, as Go lists them. */
+// deno-fmt-ignore
+const SYSTEM_CERTIFICATES = ["/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt",
+  "/etc/ssl/ca-bundle.pem", "/etc/pki/tls/cacert.pem", "/etc/pki/ca-trust/extracted/pem/tls-ca-bundle.pem",
+  "/etc/ssl/cert.pem"];
+
+/** Reads `$SSL_CERT_FILE`, else the system's bundle, as Go and curl do. A file that Deno may not read is skipped. */
+function readSystemCertificates(env: (name: string) => string | undefined): string[] {
+  const chosen = env("SSL_CERT_FILE");
+  if (chosen) return readCertificates(chosen);
+  const file = SYSTEM_CERTIFICATES.find((path) => isGranted({ name: "read", path }) && fs.existsSync(path));
+  return file === undefined ? [] : readCertificates(file);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 4 Auth: a 401's challenges to an Authorization header, on demand. A public image costs one token, a local one none.
+// 4 Registry: challenge to Authorization, on demand; manifests; blobs, resumed after failures and in parallel ranges.
 // ---------------------------------------------------------------------------------------------------------------------
 
-/** A registry or a mirror of it, as far as one repository is concerned. */
-interface Registry {
-  readonly isMirror: boolean;
-  /** Whether it has failed to answer, which would only cost time again. */
-  isDown: boolean;
-  /** GETs a path below `/v2/<repository>/`. An answer that is neither a success nor expected is an error. */
-  get(path: string, options: GetOptions): Promise<Exchange>;
-}
-
-interface GetOptions {
-  headers?: Record<string, string>;
-  expected?: number[];
-  patience?: Patience;
-}
-
-/** A header that was obtained, the challenge it answers, and until when it may be used. */
-interface Authorization {
-  header: string;
-  challenges: Challenge[];
-  realmBase: URL;
-  expires: number;
-}
-
-/** What stands between a name and its bytes. */
-interface Access {
+/** How one registry, or a mirror of it, is reached. */
+interface RegistryOptions {
   image: ImageReference;
-  settings: Settings;
-  /** Undefined as long as nobody looked for any, null where there are none. */
-  credentials?: UsableCredentials | null;
+  /** Base URLs, of which the first that can be connected to is used. */
+  bases: URL[];
+  credentials: () => Promise<UsableCredentials | undefined>;
+  protocol: Settings["protocol"];
+  connections: number;
+  /** A mirror gets `?ns=REGISTRY`, as containerd sends it, and no retries. */
   isMirror: boolean;
 }
 
-/** Mirrors first, and the registry itself last. No mirror sees the registry's credentials. */
-function openRegistries(image: ImageReference, settings: Settings): Registry[] {
-  const origin: Access = { image, settings, credentials: settings.credentials, isMirror: false };
-  const mirrors = settings.mirrors.map((url) => {
-    const credentials = url.username === "" ? undefined : decodedUser(url);
-    // No retries: the next one is the better try.
-    return openRegistry([withoutUser(url)], {
-      image,
-      settings: { ...settings, retries: 0 },
-      credentials,
-      isMirror: true,
-    });
-  });
-  return [...mirrors, openRegistry(baseUrls(image.registry, settings.protocol), origin)];
+interface GetOptions {
+  headers: Record<string, string>;
+  /** Statuses besides success that are not an error. */
+  expected?: number[];
+  budget: RetryBudget;
+  isVerified?: boolean;
+  signal?: AbortSignal;
 }
 
-function openRegistry(bases: URL[], access: Access): Registry {
-  const { image, settings, isMirror } = access;
-  let live = bases;
-  let authorization: Authorization | undefined;
-  const name = formatReference(image);
+/** Serves one repository of a registry, and authorizes the requests at whichever origin challenges. */
+class Registry implements ImageStore {
+  readonly #retries: number | undefined;
+  readonly #name: string;
+  readonly #authorizers = new Map<string, Authorizer>();
+  #bases: URL[];
+  #hasPinged = false;
 
-  const get = async (path: string, { headers = {}, expected = [], patience = newPatience() }: GetOptions) => {
-    if (authorization !== undefined && authorization.expires <= settings.now()) {
-      authorization = await authorize(authorization.challenges, authorization.realmBase, access);
+  constructor(readonly http: HttpClient, readonly options: RegistryOptions) {
+    this.#retries = options.isMirror ? 0 : undefined;
+    this.#name = formatReference(options.image);
+    this.#bases = options.bases;
+  }
+
+  async manifest(reference: string): Promise<ManifestAnswer> {
+    const headers = { accept: [...INDEX_TYPES, ...MANIFEST_TYPES, ...SCHEMA1_TYPES].join(", ") };
+    const options = { headers, isVerified: DIGEST.test(reference) };
+    const { response, body } = await this.#getDocument(`manifests/${reference}`, options);
+    if (body === undefined) {
+      throw integrityError(`Cannot read manifest ${quote(this.#name)}: it has more than ${MAX_MANIFEST_BYTES} bytes`);
     }
-    for (let refusals = 0;;) {
-      const urls = live.map((base) => endpoint(base, path, access));
-      const sent = authorization?.header;
-      const all: Record<string, string> = sent === undefined ? headers : { ...headers, authorization: sent };
-      const exchange = await request(urls, all, { settings, patience });
-      const { response: { status, ok, headers: answered }, url, asked } = exchange;
-      live = live.filter(({ origin }) => origin === asked.origin);
-      if (ok || expected.includes(status)) return exchange;
-      // A token may have run out on the way, so one is renewed; a password that is refused stays so.
-      const isFinal = sent !== undefined && (++refusals > 1 || sent.startsWith("Basic "));
-      if (status !== 401 || url.origin !== asked.origin || isFinal) {
-        const body = await readError(exchange, settings);
-        const error = statusError("fetch", name, { exchange, body, hint: authHint(status, access) });
-        if (url.origin === asked.origin || error.kind !== "auth") throw error;
-        // A signed URL that has run out: the registry will sign another one.
-        await beforeRetry(new RequestError("status", error.message, error), patience, settings);
-        continue;
+    const contentType = response.headers.get("content-type") ?? undefined;
+    return { body, contentType, digest: response.headers.get("docker-content-digest") ?? undefined };
+  }
+
+  blob({ digest, size }: Descriptor, offset: number): AsyncIterable<Uint8Array> {
+    const { connections, isMirror } = this.options;
+    const get = (options: GetOptions) => this.#get(`blobs/${digest}`, { ...options, isVerified: true });
+    const options = { get, name: digest, size, connections, isMirror, isImmutable: true };
+    return new BlobDownload(this.http, options).bytes(offset);
+  }
+
+  async referrers(digest: string): Promise<Uint8Array | undefined> {
+    const options = { headers: { accept: INDEX_TYPES.join(", ") }, expected: [400, 404, 405] };
+    const { response, body } = await this.#getDocument(`referrers/${digest}`, options);
+    return response.isOk ? body : undefined;
+  }
+
+  #getDocument(path: string, options: Omit<GetOptions, "budget">): ReturnType<HttpClient["readDocument"]> {
+    const limits = { limit: MAX_MANIFEST_BYTES, retries: this.#retries };
+    return this.http.readDocument((budget) => this.#get(path, { ...options, budget }), limits);
+  }
+
+  /** GETs a path below `/v2/<repository>/`. An answer that is neither a success nor expected is an error. */
+  async #get(path: string, { headers, expected = [], budget, isVerified, signal }: GetOptions): Promise<HttpResponse> {
+    let hasRenewed = false;
+    while (true) {
+      await Promise.all([...this.#authorizers.values()].map((authorizer) => authorizer.refresh()));
+      const sent = new Map([...this.#authorizers].map(([origin, { header }]) => [origin, header]));
+      const authorize = (url: URL) => sent.get(url.origin);
+      const urls = this.#bases.map((base) => this.#endpoint(base, path));
+      const response = await this.http.request(urls, { headers, authorize, isVerified, signal }, budget);
+      this.#adoptOrigin(response);
+      if (response.isOk) return response;
+      const header = authorize(response.url);
+      const isToken = header?.startsWith("Bearer ") ?? false;
+      // ECR Public answers 400 to a token that has expired.
+      const isRefusal = response.status === 401 || response.status === 400 && isToken;
+      if (isRefusal && (header === undefined || isToken && !hasRenewed)) {
+        hasRenewed ||= isToken;
+        if (await this.#answerChallenge(response, header)) continue;
       }
-      await exchange.response.body?.cancel();
-      authorization = await authorize(parseChallenges(answered.get("www-authenticate") ?? ""), url, access);
-    }
-  };
-  return { isMirror, isDown: false, get };
-}
-
-/** A mirror is told by `ns` whose image is meant, as containerd does. */
-function endpoint(base: URL, path: string, { image, isMirror }: Access): URL {
-  const url = new URL(`${base.pathname.replace(/\/$/, "")}/v2/${image.repository}/${path}`, base);
-  if (isMirror) url.searchParams.set("ns", image.registry);
-  return url;
-}
-
-function withoutUser(url: URL): URL {
-  const bare = new URL(url);
-  bare.username = bare.password = "";
-  return bare;
-}
-
-/** What a mirror cannot give, the next one may, and in the end the registry. */
-async function askEach<T>(
-  registries: Registry[],
-  ask: (registry: Registry) => Promise<T>,
-  settings: Settings,
-): Promise<T> {
-  for (const registry of registries.filter(({ isDown }) => !isDown)) {
-    try {
-      return await ask(registry);
-    } catch (error) {
-      tellOfMirror(error, registry, settings);
+      if (expected.includes(response.status)) return response;
+      if (await this.#authorizeByPing(response)) continue;
+      await this.#fail(response, { path, budget });
     }
   }
-  throw new Error("there is no registry");
-}
 
-/** Passes on what is not a mirror's failure. */
-function tellOfMirror(error: unknown, registry: Registry, settings: Settings): void {
-  settings.signal.throwIfAborted();
-  if (!registry.isMirror || !(error instanceof FetchWheelsError)) throw error;
-  registry.isDown = error instanceof RequestError;
-  settings.onProgress({ type: "warning", message: `a mirror is left out: ${error.message}` });
-}
-
-function authHint(status: number, { credentials }: Access): string | undefined {
-  if (status === 404) return "check the name and the tag; some registries say so of private images, too";
-  if (status !== 401 && status !== 403) return undefined;
-  return !credentials
-    ? `check the name; if the image is private, ${PASSWORD_HINT}`
-    : `check the user name and the password${
-      "username" in credentials ? `, and whether ${quote(credentials.username)} may pull this image` : ""
-    }`;
-}
-
-/** The Hub has a host of its own. Only names that cannot be reached from elsewhere are tried without TLS. */
-function baseUrls(registry: string, protocol: Settings["protocol"]): URL[] {
-  const host = registry === HUB ? HUB_HOST : registry;
-  if (protocol !== "detect") return [new URL(`${protocol}://${host}`)];
-  const https = new URL(`https://${host}`);
-  return isLocalName(https.hostname) ? [https, new URL(`http://${host}`)] : [https];
-}
-
-function isLocalName(host: string): boolean {
-  const isPrivate =
-    /^(?:10|192\.168|172\.(?:1[6-9]|2\d|3[01])|169\.254)\.[\d.]+$|^\[(?:f[cd][0-9a-f]|fe[89ab])[0-9a-f]:/.test(host);
-  return isPrivate || isLoopback(host) || /^[^.:[\]]+$|\.(?:local|internal|localhost)$/.test(host);
-}
-
-function isLoopback(host: string): boolean {
-  return host === "localhost" || host === "[::1]" || /^127\.[\d.]+$/.test(host);
-}
-
-/** Plain http shows a password to everyone on the way: only where the user said so, or nobody is on the way. */
-function mayCarrySecrets(url: URL, { protocol }: Settings): boolean {
-  return url.protocol === "https:" || protocol === "http" || isLoopback(url.hostname);
-}
-
-/** Bearer first, then Basic, as the challenge allows. */
-async function authorize(challenges: Challenge[], realmBase: URL, access: Access): Promise<Authorization> {
-  const { image, settings } = access;
-  access.credentials ??= access.isMirror ? null : await storedCredentials(image, settings) ?? null;
-  const { credentials } = access;
-  const fail = (state: string, hint?: string) =>
-    new FetchWheelsError("auth", `Cannot fetch ${quote(formatReference(image))}: ${state}`, { hint });
-  const bearer = challenges.find(({ scheme, parameters }) => scheme === "bearer" && parameters.realm);
-  if (bearer === undefined && !challenges.some(({ scheme }) => scheme === "basic")) {
-    const schemes = challenges.map(({ scheme }) => scheme).join(", ") || "none";
-    throw fail(`the registry answered 401 and asks for neither Bearer nor Basic, but ${schemes}`);
+  #endpoint(base: URL, path: string): URL {
+    const { image, isMirror } = this.options;
+    const prefix = base.pathname.replace(/\/$/, "");
+    // A mirror whose path begins with /v2 is a prefix as it is: containerd's override_path, Harbor's proxy projects.
+    const root = /^\/v2(?:\/|$)/.test(prefix) ? prefix : `${prefix}/v2`;
+    const url = new URL(`${root}/${image.repository}/${path}`, base);
+    if (isMirror) url.searchParams.set("ns", image.registry);
+    return url;
   }
-  const realm = bearer?.parameters.realm ?? realmBase.href;
-  const url = URL.canParse(realm, realmBase.href) ? new URL(realm, realmBase) : undefined;
-  if (url === undefined || !/^https?:$/.test(url.protocol)) {
-    throw fail(`the token service ${quote(realm.split("?")[0] ?? "")} is no http(s) URL`);
+
+  /** Stays with the URL that answered; a redirect from http to https on the same host is an upgrade of the registry. */
+  #adoptOrigin({ url, requestUrl }: HttpResponse): void {
+    const base = this.#bases.find(({ origin }) => origin === requestUrl.origin);
+    if (base === undefined) return; // a concurrent request has adopted another origin
+    const isUpgrade = requestUrl.protocol === "http:" && url.protocol === "https:" &&
+      url.hostname === requestUrl.hostname && url.pathname === requestUrl.pathname;
+    this.#bases = [isUpgrade ? new URL(base.pathname, url) : base];
   }
-  const exposed = [realmBase, url].find((target) => !mayCarrySecrets(target, settings));
-  if (credentials !== null && exposed !== undefined) {
-    throw fail(`no password is sent to ${displayUrl(exposed)} over plain http`, "if that is meant: --protocol http");
+
+  #isOwn(url: URL): boolean {
+    return this.#bases.some(({ origin }) => origin === url.origin);
   }
-  if (bearer === undefined) {
-    if (credentials === null) throw fail("the registry asks for a user name and a password", PASSWORD_HINT);
-    if (!("username" in credentials)) throw fail("the registry takes no identity token", PASSWORD_HINT);
-    return { challenges, realmBase, header: basic(credentials), expires: Infinity };
+
+  /** Answers a refusal of the header `sent`. Returns false if it did not come from a registry. */
+  async #answerChallenge({ url, headers, cancel }: HttpResponse, sent: string | undefined): Promise<boolean> {
+    const challenges = parseChallenges(headers.get("www-authenticate") ?? "");
+    // A storage that refuses an expired signature is not a registry.
+    if (!this.#isOwn(url) && !(url.pathname.startsWith("/v2/") && challenges.length > 0)) return false;
+    cancel();
+    const { image, credentials } = this.options;
+    const repository = /\/v2\/(.+)\/(?:manifests|blobs|referrers)\//.exec(url.pathname)?.[1] ?? image.repository;
+    // A registry that this one redirects to gets anonymous requests only.
+    const find = this.#isOwn(url) ? credentials : () => Promise.resolve(undefined);
+    const options = { ...this.options, base: url, name: this.#name, repository, credentials: find };
+    const authorizer = this.#authorizers.get(url.origin) ?? new Authorizer(this.http, options);
+    this.#authorizers.set(url.origin, authorizer);
+    await authorizer.answer(sent, challenges);
+    return true;
   }
-  if (bearer.parameters.service !== undefined) url.searchParams.set("service", bearer.parameters.service);
-  url.searchParams.set("scope", `repository:${image.repository}:pull`);
-  return { challenges, realmBase, ...await fetchToken(url, access) };
+
+  /** Some registries answer 403 or 404 to anonymous requests, and challenge at `/v2/` only. */
+  async #authorizeByPing({ status, url, headers, cancel }: HttpResponse): Promise<boolean> {
+    const isCandidate = (status === 403 || status === 404) && !headers.has("www-authenticate") && this.#isOwn(url);
+    if (!isCandidate || this.#hasPinged || this.#authorizers.has(url.origin)) return false;
+    this.#hasPinged = true;
+    const budget = this.http.newBudget({ retries: this.#retries });
+    const ping = await this.http.request([new URL("/v2/", url)], {}, budget);
+    const isChallenged = ping.status === 401 && await this.#answerChallenge(ping, undefined);
+    ping.cancel();
+    if (isChallenged) cancel();
+    return isChallenged;
+  }
+
+  /** Throws the error of an answer, unless it is a signed URL that has expired: then the registry signs another one. */
+  async #fail(response: HttpResponse, { path, budget }: { path: string; budget: RetryBudget }): Promise<void> {
+    const { status, url } = response;
+    const isAuth = status === 401 || status === 403;
+    const isMissing = status === 404 && path.startsWith("manifests/");
+    const missing = isMissing ? "check the name and the tag; some registries answer 404 for private images" : undefined;
+    const hint = isAuth && this.#isOwn(url) ? credentialsHint(await this.options.credentials()) : missing;
+    const error = await this.http.statusError(response, `Cannot fetch ${quote(this.#name)}`, hint);
+    if (this.#isOwn(url) || !isAuth) throw error;
+    await budget.spend(new RequestError(error.message, error));
+  }
 }
 
-/** Distribution project, "Token Authentication Specification". */
-async function fetchToken(url: URL, access: Access): Promise<Pick<Authorization, "header" | "expires">> {
-  const { image, settings, credentials } = access;
-  const name = formatReference(image);
-  const asked = settings.now();
-  const identity = credentials && "identityToken" in credentials ? credentials.identityToken : undefined;
-  const user = identity === undefined ? credentials : { username: IDENTITY_USER, password: identity };
-  const headers: Record<string, string> = user && "username" in user ? { authorization: basic(user) } : {};
-  const limits = { limit: MAX_TOKEN_BYTES, settings };
-  const get = () => askWhole((patience) => request([url], headers, { settings, patience }), limits);
-  const bare = new URL(url);
-  for (const name of ["service", "scope"]) bare.searchParams.delete(name);
-  const post = (form: string) => askWhole((patience) => request([bare], {}, { settings, patience, form }), limits);
-  // An identity token is exchanged by OAuth2's POST; not every token service has that, and then it is a password.
-  const posted = identity === undefined ? undefined : await post(refreshForm(url, identity));
-  const { exchange, body } = posted?.exchange.response.ok ? posted : await get();
-  const hint = authHint(exchange.response.status, access);
-  if (!exchange.response.ok) throw statusError("get a token for", name, { exchange, body, hint });
-  const answer = parseJson(body);
-  const token = answer?.token || answer?.access_token;
-  if (typeof token !== "string" || !/^[\x21-\x7e]+$/.test(token)) {
-    const state = `${displayUrl(url)} answered without one`;
-    throw new FetchWheelsError("auth", `Cannot get a token for ${quote(name)}: ${state}`);
+function credentialsHint(credentials: UsableCredentials | undefined): string {
+  if (credentials === undefined) return `check the name; if the image is private, ${PASSWORD_HINT}`;
+  const user = "username" in credentials ? `, and whether ${quote(credentials.username)} may pull this image` : "";
+  return `check the user name and the password${user}`;
+}
+
+interface AuthorizerOptions {
+  /** URL that challenged. */
+  base: URL;
+  /** The image's name, for messages. */
+  name: string;
+  /** Name of the repository at this origin. */
+  repository: string;
+  protocol: Settings["protocol"];
+  credentials: () => Promise<UsableCredentials | undefined>;
+}
+
+/** Turns the challenges of one origin into an Authorization header, and renews it. Concurrent requests share a renewal. */
+class Authorizer {
+  header: string | undefined;
+  #expires = Infinity;
+  #challenges: Challenge[] = [];
+  #renewal: Promise<void> | undefined;
+
+  constructor(readonly http: HttpClient, readonly options: AuthorizerOptions) {}
+
+  /** Renews a token that has expired. */
+  async refresh(): Promise<void> {
+    if (this.#expires <= this.http.now()) await this.#renew();
   }
-  const seconds = Number(answer?.expires_in) > 0 ? Number(answer?.expires_in) : DEFAULT_TOKEN_SECONDS;
-  return { header: `Bearer ${token}`, expires: asked + seconds * 1000 };
-}
 
-function refreshForm({ searchParams }: URL, refreshToken: string): string {
-  const form = new URLSearchParams({
-    grant_type: "refresh_token",
-    client_id: "fetch_wheels",
-    refresh_token: refreshToken,
-  });
-  for (const name of ["service", "scope"]) form.set(name, searchParams.get(name) ?? "");
-  return form.toString();
-}
+  /** Answers a refusal of `sent`. Without challenges, the last ones are answered again. */
+  async answer(sent: string | undefined, challenges: Challenge[]): Promise<void> {
+    if (this.header !== sent) return; // another request has renewed it in the meantime
+    if (challenges.length > 0) this.#challenges = challenges;
+    await this.#renew();
+  }
 
-// deno-lint-ignore no-explicit-any -- what others send may be anything, and is looked at field by field
-function parseJson(bytes: Uint8Array | undefined): Record<string, any> | undefined {
-  const value = parseValue(bytes);
-  return typeof value === "object" && value !== null && !Array.isArray(value) ? value : undefined;
-}
+  #renew(): Promise<void> {
+    this.#renewal ??= this.#authorize().finally(() => this.#renewal = undefined);
+    return this.#renewal;
+  }
 
-function parseValue(bytes: Uint8Array | undefined): unknown {
-  try {
-    return JSON.parse(new TextDecoder("utf-8", { fatal: true }).decode(bytes ?? new Uint8Array()));
-  } catch {
-    return undefined; // the caller says what it is that is no JSON
+  /** Bearer first, then Basic, as the challenges allow. */
+  async #authorize(): Promise<void> {
+    const { base, protocol } = this.options;
+    const bearer = this.#challenges.find(({ scheme, parameters }) => scheme === "bearer" && parameters.realm);
+    if (bearer === undefined && !this.#challenges.some(({ scheme }) => scheme === "basic")) {
+      const schemes = this.#challenges.map(({ scheme }) => scheme).join(", ") || "none";
+      throw this.#error(`the registry answered 401 and asked for neither Bearer nor Basic, but ${schemes}`);
+    }
+    const realm = bearer && this.#parseRealm(bearer.parameters.realm ?? "");
+    const credentials = await this.options.credentials();
+    // Plain http shows a password to everyone between: only if the user asked for http, or nothing is between.
+    const isExposed = (url: URL) => url.protocol === "http:" && protocol !== "http" && !isLoopback(url.hostname);
+    const exposed = credentials && [base, realm ?? base].find(isExposed);
+    if (exposed !== undefined) {
+      const state = `no password is sent to ${displayUrl(exposed)} over plain http`;
+      throw this.#error(state, "if that is intended: --protocol http");
+    }
+    if (credentials !== undefined && "registryToken" in credentials) {
+      this.header = `Bearer ${credentials.registryToken}`;
+    } else if (realm !== undefined) {
+      await this.#fetchToken(realm, { ...bearer?.parameters, credentials });
+    } else if (credentials === undefined) {
+      throw this.#error("the registry asks for a user name and a password", PASSWORD_HINT);
+    } else if (!("username" in credentials)) {
+      throw this.#error("the registry does not accept an identity token", PASSWORD_HINT);
+    } else {
+      this.header = basicAuthorization(credentials);
+    }
+  }
+
+  #error(state: string, hint?: string): FetchWheelsError {
+    return new FetchWheelsError("auth", `Cannot fetch ${quote(this.options.name)}: ${state}`, { hint });
+  }
+
+  #parseRealm(text: string): URL {
+    const { base } = this.options;
+    const realm = URL.canParse(text, base.href) ? new URL(text, base) : undefined;
+    if (realm === undefined || !/^https?:$/.test(realm.protocol)) {
+      throw this.#error(`the token service ${quote(text.split("?")[0] ?? "")} is not an http(s) URL`);
+    }
+    this.#checkRealm(realm);
+    return withoutUser(realm);
+  }
+
+  /**
+   * Keeps a registry from sending the client, and its password, to services of the client's own network, such as a
+   * cloud's metadata (GHSA-xf85-363p-868w).
+   */
+  #checkRealm(realm: URL): void {
+    const { base } = this.options;
+    const what = `the token service ${quote(displayUrl(realm))}`;
+    if (realm.protocol === "http:" && base.protocol === "https:") {
+      throw this.#error(`${what} uses plain http, but the registry uses https`);
+    }
+    if (isPrivateHost(realm.hostname) && !isLocalHost(base.hostname)) {
+      throw this.#error(`${what} has a private address, but the registry is public`);
+    }
+  }
+
+  /**
+   * Distribution project, "Token Authentication Specification". An identity token is exchanged by OAuth2's POST; a token
+   * service without that takes it as a password.
+   */
+  async #fetchToken(
+    realm: URL,
+    { service = "", scope, credentials }: {
+      service?: string;
+      scope?: string;
+      credentials: UserCredentials | { identityToken: string } | undefined;
+    },
+  ): Promise<void> {
+    const { name, repository } = this.options;
+    const requested = this.http.now();
+    const scopes = [...new Set([`repository:${repository}:pull`, scope || []].flat())];
+    const checkRedirect = (url: URL) => this.#checkRealm(url);
+    const request = (url: URL, options: HttpRequest) =>
+      this.http.readDocument((budget) => this.http.request([url], { ...options, checkRedirect }, budget), {
+        limit: MAX_TOKEN_BYTES,
+      });
+    const url = new URL(realm);
+    if (service !== "") url.searchParams.set("service", service);
+    scopes.forEach((text) => url.searchParams.append("scope", text));
+    const identity = credentials && "identityToken" in credentials ? credentials.identityToken : undefined;
+    const form = new URLSearchParams({ grant_type: "refresh_token", client_id: "fetch_wheels", service });
+    form.set("scope", scopes.join(" "));
+    form.set("refresh_token", identity ?? "");
+    const posted = identity === undefined ? undefined : await request(realm, { form });
+    const user = identity === undefined ? credentials : { username: IDENTITY_USER, password: identity };
+    const header = user && basicAuthorization(user as UserCredentials);
+    const authorize = ({ origin }: URL) => origin === url.origin ? header : undefined;
+    const { response, body } = posted?.response.isOk ? posted : await request(url, { authorize });
+
+    const what = `Cannot get a token for ${quote(name)}`;
+    const json = parseJson(body);
+    if (!response.isOk) {
+      const isAuth = response.status === 401 || response.status === 403;
+      const words = registryWords(json);
+      const state = `${displayUrl(response.url)} answered ${response.status}${words && ` (${words})`}`;
+      const hint = isAuth ? credentialsHint(credentials) : undefined;
+      throw new FetchWheelsError(isAuth ? "auth" : "network", `${what}: ${state}`, { hint });
+    }
+    const token = json?.token || json?.access_token;
+    if (typeof token !== "string" || !/^[\x21-\x7e]+$/.test(token)) {
+      throw new FetchWheelsError("auth", `${what}: the answer of ${displayUrl(response.url)} has no token`);
+    }
+    const seconds = Number(json?.expires_in) > 0 ? Number(json?.expires_in) : DEFAULT_TOKEN_SECONDS;
+    this.header = `Bearer ${token}`;
+    this.#expires = requested + seconds * 1000;
   }
 }
 
 /**
- * Reads a `WWW-Authenticate` header, which may hold several challenges (RFC 9110, section 11.6.1).
+ * Parses a `WWW-Authenticate` header, which may hold several challenges (RFC 9110, section 11.6.1).
  *
  * @example
  * ```ts
@@ -1418,7 +2237,7 @@ function parseValue(bytes: Uint8Array | undefined): unknown {
  * ```
  *
  * @param header The header's value; several headers are joined with commas, as `Headers` does
- * @returns The challenges in their order; of a malformed header, what was readable before the fault
+ * @returns The challenges in order; of a malformed header, what was readable before the fault
  */
 export function parseChallenges(header: string): Challenge[] {
   const challenges: Challenge[] = [];
@@ -1451,121 +2270,874 @@ export function parseChallenges(header: string): Challenge[] {
   return challenges;
 }
 
+/** What is downloaded, and how. */
+interface DownloadOptions {
+  /** Requests the content; an answer that is neither a success nor expected is an error. */
+  get: (options: GetOptions) => Promise<HttpResponse>;
+  /** What the content is called in messages. */
+  name: string;
+  /** Size in bytes; without it, the first answer says it. */
+  size?: number;
+  connections: number;
+  /** Whether the first answer that is not right ends the download. */
+  isMirror: boolean;
+  /** Whether a digest names the content, so that it cannot change between two requests. */
+  isImmutable: boolean;
+}
+
+/** The bytes `[at, to)` that one connection delivers. Lowering `to` cuts it short. */
+interface Span {
+  at: number;
+  to: number;
+  hasBytes: boolean;
+}
+
+/**
+ * Downloads one blob: resumes after each failure, and spreads over several connections if that makes it faster. Delivers
+ * the bytes in order, and knows nothing about their digest.
+ */
+class BlobDownload {
+  readonly #pace: ConnectionPace;
+  readonly #total = { failures: 0 };
+  readonly #stop = new AbortController();
+  readonly #signal: AbortSignal;
+  /** What is being downloaded, in order; the first span is what the consumer reads. */
+  readonly #spans: { span: Span; chunks: AsyncIterable<Uint8Array> }[] = [];
+  /** Infinity as long as it is not known. */
+  #size: number;
+  /** Where the next span begins. */
+  #next = Infinity;
+  /** Where the registry redirected to; usable until its signature expires. */
+  #location: URL | undefined;
+  /** Strong entity tag, for `If-Range`. */
+  #validator: string | undefined;
+  /** False once the server has shown that it does not support ranges. */
+  #hasRanges = true;
+  /** One connection until the server announces ranges, two until it has sent one: a proxy may not pass them on. */
+  #maxConnections = 1;
+
+  constructor(readonly http: HttpClient, readonly options: DownloadOptions) {
+    this.#size = options.size ?? Infinity;
+    this.#pace = new ConnectionPace(options.connections, http.now);
+    this.#signal = AbortSignal.any([http.signal, this.#stop.signal]);
+  }
+
+  async *bytes(from: number): AsyncGenerator<Uint8Array> {
+    const { now } = this.http;
+    const whole = { at: from, to: this.#size, hasBytes: false };
+    this.#spans.push({ span: whole, chunks: this.#read(whole) });
+    try {
+      for (let first = this.#spans[0]; first !== undefined; first = this.#spans[0]) {
+        for await (const chunk of first.chunks) {
+          const delivered = now();
+          yield chunk;
+          this.#pace.consumerMs += now() - delivered;
+          this.#schedule(first.span);
+        }
+        this.#spans.shift();
+        this.#schedule(first.span);
+      }
+    } finally {
+      this.#stop.abort(); // ends the spans that run ahead
+    }
+  }
+
+  /** Starts what the pace allows: cuts the single stream short, and opens ranges behind it. */
+  #schedule(first: Span): void {
+    const bytesLeft = this.#size - first.at;
+    const running = this.#spans.filter(({ span }) => span.hasBytes).length;
+    const limit = this.#hasRanges && this.#size < Infinity ? this.#maxConnections : 1;
+    const wanted = Math.min(this.#pace.connections(running, bytesLeft), limit);
+    const isSingle = this.#spans.length === 1 && first.to === this.#size;
+    if (isSingle && wanted > 1 && bytesLeft > PARALLEL_BYTES) {
+      first.to = Math.min(first.at + Math.max(RANGE_BYTES, this.#pace.sampleBytes), this.#size);
+      this.#next = first.to;
+    }
+    while (this.#next < this.#size && this.#spans.length < wanted) {
+      const to = wanted === 1 ? this.#size : Math.min(this.#next + RANGE_BYTES, this.#size);
+      const span = { at: this.#next, to, hasBytes: false };
+      this.#next = to;
+      this.#spans.push({ span, chunks: prefetch(this.#read(span), RANGE_BYTES) });
+    }
+  }
+
+  /** Yields the bytes of a span. A connection that dies is replaced by one that asks for the rest. */
+  async *#read(span: Span): AsyncGenerator<Uint8Array> {
+    const retries = this.options.isMirror ? 0 : undefined;
+    const budget = this.http.newBudget({ retries, total: this.#total, signal: this.#signal });
+    while (span.at < span.to) {
+      try {
+        const { response, start } = await this.#open(span, budget);
+        span.to = Math.min(span.to, this.#size);
+        let skip = span.at - start;
+        for await (const chunk of response.body()) {
+          const fresh = chunk.subarray(skip);
+          skip -= chunk.length - fresh.length;
+          if (fresh.length === 0) continue;
+          // Bytes beyond the content's own end are passed on, so that the verification sees them.
+          const wanted = span.to < this.#size ? fresh.subarray(0, span.to - span.at) : fresh;
+          span.at += wanted.length;
+          span.hasBytes = true;
+          budget.progress();
+          this.#pace.bytes += wanted.length;
+          yield wanted;
+          if (span.at >= span.to && span.to < this.#size) break;
+        }
+        if (span.to === Infinity) return;
+        if (span.at < span.to) throw this.#error(`the answer ended after ${span.at} of ${this.#size} bytes`);
+      } catch (error) {
+        await budget.spend(error);
+      }
+    }
+  }
+
+  #error(state: string, details: FailureDetails = { kind: "integrity" }): RequestError {
+    return new RequestError(`Cannot fetch ${quote(this.options.name)}: ${state}`, details);
+  }
+
+  /** Requests the bytes of a span, and finds out where the answer really begins. */
+  async #open(span: Span, budget: RetryBudget): Promise<{ response: HttpResponse; start: number }> {
+    const { at, to } = span;
+    const isResumed = at > 0 && !this.options.isImmutable;
+    if (isResumed && this.#validator === undefined) {
+      throw this.#error(`connection lost after ${at} bytes`, { isTransient: false });
+    }
+    const isPart = this.#hasRanges && (at > 0 || to < this.#size);
+    const headers: Record<string, string> = {};
+    if (isPart) headers.range = `bytes=${at}-${to === Infinity ? "" : to - 1}`;
+    if (isPart && this.#validator !== undefined) headers["if-range"] = this.#validator;
+    const response = await this.#request(headers, budget);
+    const isRange = isPart && response.status === 206 && this.#isRequestedRange(response, span);
+    const tag = response.headers.get("etag");
+    if (isResumed && response.isOk && tag !== this.#validator && !(isRange && tag === null)) {
+      response.cancel();
+      throw this.#error("it changed during the download", { isTransient: false });
+    }
+    if (tag?.startsWith('"')) this.#validator = tag;
+    if (isRange) {
+      this.#maxConnections = Infinity;
+      return { response, start: at };
+    }
+    if (isPart) this.#hasRanges = false;
+    if (response.status !== 200) {
+      response.cancel();
+      if (isPart) return await this.#open(span, budget);
+      throw await this.http.statusError(response, `Cannot fetch ${quote(this.options.name)}`);
+    }
+    this.#checkLength(response);
+    if (response.headers.get("accept-ranges") === "bytes") this.#maxConnections = Math.max(2, this.#maxConnections);
+    // An answer with everything goes on to the end, instead of a further one.
+    if (to === this.#next) span.to = this.#next = this.#size;
+    return { response, start: 0 };
+  }
+
+  /** RFC 9110, section 14.4: start, end and total must be those that were requested; a shorter end is allowed. */
+  #isRequestedRange({ headers }: HttpResponse, { at, to }: Span): boolean {
+    const [, first, last, total] = /^bytes (\d+)-(\d+)\/(\d+|\*)$/.exec(headers.get("content-range") ?? "") ?? [];
+    const isTotal = total === "*" || this.#size === Infinity || Number(total) === this.#size;
+    return Number(first) === at && Number(last) >= at && Number(last) < to && isTotal;
+  }
+
+  /** An answer of another length is not the content; a page in HTML is a login form or a proxy's message. */
+  #checkLength(response: HttpResponse): void {
+    const header = response.headers.get("content-length");
+    const length = header === null ? undefined : Number(header);
+    if (this.#size === Infinity) this.#size = length ?? Infinity;
+    const isWrong = length !== undefined && length !== this.#size;
+    const isHtml = /^text\/html\b/i.test(response.headers.get("content-type") ?? "");
+    if (!isWrong && !(isHtml && (length === undefined || this.options.isMirror))) return;
+    response.cancel();
+    const html = `${displayUrl(response.url)} answered with text/html (a login page or a proxy?)`;
+    if (isHtml) throw this.#error(html, { isTransient: false });
+    const encoding = response.headers.get("content-encoding");
+    const sent = encoding === null ? "" : ` as ${quote(encoding)}, which was not requested`;
+    throw this.#error(`it has ${length} bytes${sent}, but the manifest says ${this.#size}`);
+  }
+
+  /** Requests the place that the registry redirected to until it refuses; then the registry signs another one. */
+  async #request(headers: Record<string, string>, budget: RetryBudget): Promise<HttpResponse> {
+    const { get, isImmutable: isVerified } = this.options;
+    const signal = this.#signal;
+    for (let location = this.#location; location !== undefined; location = this.#location) {
+      const response = await this.http.request([location], { headers, isVerified, signal }, budget);
+      if (response.isOk || response.status === 416) return response;
+      response.cancel();
+      if (this.#location === location) this.#location = undefined; // else another span has got a new one
+    }
+    const expected = headers.range === undefined ? [] : [400, 416];
+    const response = await get({ headers, budget, signal, expected });
+    const { url, requestUrl } = response;
+    if (response.isOk && url.origin !== requestUrl.origin && !url.pathname.startsWith("/v2/")) this.#location = url;
+    return response;
+  }
+}
+
+/**
+ * Decides how many connections a download uses. It starts with one, because on a fast link ranges cost more than they
+ * bring. More are opened while the network is what the download waits for, and given up if the total rate does not rise.
+ */
+class ConnectionPace {
+  /** Bytes received in this sample, and in the one before. */
+  bytes = 0;
+  sampleBytes = 0;
+  /** Time in this sample that the download has waited for its consumer. */
+  consumerMs = 0;
+  #started: number | undefined;
+  #connections = 1;
+  #limit: number;
+  /** Before the last growth, until that has been judged. */
+  #before: { rate: number; connections: number } | undefined;
+  #settlingSamples = 0;
+
+  constructor(limit: number, readonly now: () => number) {
+    this.#limit = limit;
+  }
+
+  /** Returns the number of connections for the bytes that are left; `running` spans have delivered some. */
+  connections(running: number, bytesLeft: number): number {
+    const isFirst = this.#started === undefined; // the time to connect says nothing about the rate
+    const elapsed = this.now() - (this.#started ?? 0);
+    if (!isFirst && elapsed < SAMPLE_MS) return this.#connections;
+    const rate = this.bytes / elapsed * 1000;
+    const isNetworkBound = this.consumerMs < elapsed / 2;
+    this.sampleBytes = this.bytes;
+    this.#started = this.now();
+    this.bytes = 0;
+    this.consumerMs = 0;
+    if (isFirst) return this.#connections;
+    if (this.#settlingSamples > 0) {
+      this.#settlingSamples = running < this.#connections ? this.#settlingSamples - 1 : 0;
+    } else if (this.#before !== undefined && rate < this.#before.rate * WORTHWHILE_GAIN) {
+      this.#connections = this.#before.connections;
+      this.#limit = this.#connections;
+      this.#before = undefined;
+    } else {
+      this.#before = undefined;
+      const isLong = bytesLeft > Math.max(PARALLEL_BYTES, 2 * this.sampleBytes);
+      if (isNetworkBound && isLong && rate < FAST_BYTES_PER_SECOND && this.#connections < this.#limit) {
+        this.#before = { rate, connections: this.#connections };
+        this.#connections = Math.min(this.#limit, this.#connections * 4);
+        this.#settlingSamples = MAX_SETTLING_SAMPLES;
+      }
+    }
+    return this.#connections;
+  }
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
-// 5 Manifest: tag to index to manifest to layer descriptor, each body checked against the digest that named it.
+// 5 Stores: the same answers from a registry, a mirror, a cache, an OCI layout, a `docker save` archive.
 // ---------------------------------------------------------------------------------------------------------------------
 
-/** An image's manifest, of whatever schema. */
+/** A manifest as a store has it. */
+interface ManifestAnswer {
+  body: Uint8Array;
+  contentType?: string;
+  /** What the registry says is its digest. */
+  digest?: string;
+}
+
+/** Serves one image. What it returns is not verified yet. */
+interface ImageStore {
+  /** Returns a manifest or an index, by tag or digest. */
+  manifest(reference: string): Promise<ManifestAnswer>;
+  /** Yields a blob from an offset on, which is 0 except in a registry or a mirror. */
+  blob(descriptor: Descriptor, offset: number): AsyncIterable<Uint8Array>;
+  /** Returns an index of the manifests that refer to this digest; undefined if the store does not have that. */
+  referrers(digest: string): Promise<Uint8Array | undefined>;
+}
+
+/** Where the bytes come from: a store with an image, or a tarball. */
+type Origin =
+  | { kind: "registry" | "layout" | "docker-archive"; image: ImageReference; store: ImageStore; tarball?: undefined }
+  | { kind: "tarball"; store?: undefined; image?: undefined; tarball: Part; bytes: AsyncIterable<Uint8Array> };
+
+interface SourceOptions {
+  settings: Settings;
+  client: HttpClient;
+  isTrusting: boolean;
+}
+
+function openSource(source: Source, options: SourceOptions): Origin {
+  const { settings, client } = options;
+  if ((source.kind === "url" || source.kind === "file") && settings.verifyKeys.length > 0) {
+    throw usageError("Cannot use --verify-key with a tarball: only images are signed");
+  }
+  switch (source.kind) {
+    case "image":
+      return { kind: "registry", image: source.image, store: openImageStore(source.image, options) };
+    case "url": {
+      const tarball = tarballPart(displayUrl(source.url));
+      return { kind: "tarball", tarball, bytes: urlBytes(source.url, client) };
+    }
+    case "file": {
+      const tarball = tarballPart(source.path, fileSize(source.path));
+      return { kind: "tarball", tarball, bytes: readFile(source.path) };
+    }
+    default: {
+      const { kind, path, tag } = source;
+      const text = `${kind}:${path}${tag === undefined ? "" : `:${tag}`}`;
+      const image = { registry: text, repository: "", tag };
+      const open = openMembers(kind, { path, text });
+      if (kind === "docker-archive") return { kind, image, store: dockerArchiveStore(open, text) };
+      return { kind: "layout", image, store: layoutStore(open, text) };
+    }
+  }
+}
+
+/** Mirrors first, then the registry; before both the cache. */
+function openImageStore(image: ImageReference, { settings, client, isTrusting }: SourceOptions): ImageStore {
+  const { connections, protocol, cache, report, signal } = settings;
+  const finder = new CredentialFinder(settings);
+  const common = { image, protocol, connections };
+  const bases = baseUrls(image.registry, protocol);
+  const credentials = () => finder.find(image);
+  const registry = new Registry(client, { ...common, bases, credentials, isMirror: false });
+  const mirrors = (isTrusting ? settings.mirrors : []).map((url) => {
+    const user = Promise.resolve(urlCredentials(url));
+    const bases = [withoutUser(url)];
+    return { url, store: new Registry(client, { ...common, bases, credentials: () => user, isMirror: true }) };
+  });
+  const store = withMirrors(mirrors, { registry, image, report, signal });
+  return cache === undefined ? store : withCache(store, { directory: cache, isFresh: !isTrusting, report });
+}
+
+/** The Hub has a host of its own. Only hosts that are local are tried without TLS. */
+function baseUrls(registry: string, protocol: Settings["protocol"]): URL[] {
+  const host = registry === HUB ? HUB_HOST : registry;
+  if (protocol !== "detect") return [new URL(`${protocol}://${host}`)];
+  const secure = new URL(`https://${host}`);
+  return isLocalHost(secure.hostname) ? [secure, new URL(`http://${host}`)] : [secure];
+}
+
+interface Mirror {
+  url: URL;
+  store: ImageStore;
+}
+
+interface MirrorOptions {
+  registry: ImageStore;
+  image: ImageReference;
+  report: Report;
+  signal: AbortSignal;
+}
+
+/** Asks the mirrors in order; each is left at its first failure, and in the end the registry is asked. */
+function withMirrors(mirrors: Mirror[], { registry, image, report, signal }: MirrorOptions): ImageStore {
+  const down = new Set<Mirror>();
+  const skip = (mirror: Mirror, error: unknown) => {
+    signal.throwIfAborted();
+    if (!(error instanceof FetchWheelsError)) throw error;
+    if (error instanceof RequestError || error.kind === "integrity") down.add(mirror);
+    report({ type: "warning", message: `skipping mirror ${displayOrigin(mirror.url)}: ${error.message}` });
+  };
+  const usable = () => mirrors.filter((mirror) => !down.has(mirror));
+  /** Returns the first answer of a mirror, or undefined if there is none. */
+  const ask = async <T>(question: (store: ImageStore) => Promise<T>): Promise<T | undefined> => {
+    for (const mirror of usable()) {
+      try {
+        return await question(mirror.store);
+      } catch (error) {
+        skip(mirror, error);
+      }
+    }
+    return undefined;
+  };
+  return {
+    async manifest(reference) {
+      const answer = await ask(async (store) => {
+        const manifest = await store.manifest(reference);
+        readDocument(manifest, { reference, image });
+        return manifest;
+      });
+      return answer ?? await registry.manifest(reference);
+    },
+    async *blob(descriptor, offset) {
+      let at = offset;
+      for (const mirror of usable()) {
+        try {
+          for await (const chunk of mirror.store.blob(descriptor, at)) {
+            at += chunk.length;
+            yield chunk;
+          }
+          return;
+        } catch (error) {
+          skip(mirror, error);
+        }
+      }
+      yield* registry.blob(descriptor, at);
+    },
+    async referrers(digest) {
+      return await ask((store) => store.referrers(digest)) ?? await registry.referrers(digest);
+    },
+  };
+}
+
+interface CacheOptions {
+  directory: string;
+  /** Whether to ignore what is there, and fetch it again. */
+  isFresh: boolean;
+  report: Report;
+}
+
+/** Keeps blobs, laid out as the `blobs` of an OCI layout. A kept blob is verified like one from the network. */
+function withCache(store: ImageStore, options: CacheOptions): ImageStore {
+  return {
+    manifest: (reference) => store.manifest(reference),
+    referrers: (digest) => store.referrers(digest),
+    blob: (descriptor) => throughCache(descriptor, store, options),
+  };
+}
+
+/**
+ * Yields a cached blob, or what `FILE.part` has of it, and fetches and keeps the rest. That file's lock says who may write
+ * to it; without the lock, nothing is kept. A cache that cannot be used is a warning.
+ */
+async function* throughCache(
+  descriptor: Descriptor,
+  store: ImageStore,
+  { directory, isFresh, report }: CacheOptions,
+): AsyncGenerator<Uint8Array> {
+  const { digest, size } = descriptor;
+  const file = join(directory, blobPath(digest));
+  const path = `${file}.part`;
+  const warn = (message: string) => report({ type: "warning", message });
+  /** Runs an operation of the cache. If it fails, warns and returns `otherwise`. */
+  const attempt = <T, U>(operation: () => T, otherwise: U): T | U => {
+    try {
+      return operation();
+    } catch (error) {
+      const { message } = toDiskError(error, `Cannot use ${quote(path)}`) as Error;
+      warn(`not caching the blob: ${message.split("\n")[0]}`);
+      return otherwise;
+    }
+  };
+  const stat = isFresh ? undefined : attempt(() => statIfExists(file), null);
+  if (stat?.isFile() && stat.size === (size ?? stat.size)) {
+    report({ type: "cached", digest, size: stat.size });
+    return yield* readFile(file);
+  }
+  if (stat) warn(`ignoring cached ${quote(file)}: its size is wrong`);
+  using part = stat === null ? undefined : attempt(() => claimPartial(path), undefined);
+  if (part === undefined) return yield* store.blob(descriptor, 0);
+  if (isFresh) part.truncateSync(0);
+  const kept = part.seekSync(0, Deno.SeekMode.End);
+  let isKept = true;
+  let isComplete = false;
+  try {
+    if (kept > 0) yield* readFile(path);
+    for await (const chunk of store.blob(descriptor, kept)) {
+      if (isKept) isKept = attempt(() => writeAll(part, chunk), false) !== false;
+      yield chunk;
+    }
+    isComplete = true;
+    attempt(() => part.syncSync(), undefined);
+  } finally {
+    // If the digest is wrong, the verification stops at the last byte instead of asking for the end.
+    const isWrong = !isComplete && part.statSync().size >= (size ?? Infinity);
+    if (!isKept || isWrong) attempt(() => fs.rmSync(path, { force: true }), undefined);
+    else if (isComplete) attempt(() => fs.renameSync(path, file), undefined);
+  }
+}
+
+/** Returns undefined if another process is fetching the blob, and will keep it. */
+function claimPartial(path: string): Deno.FsFile | undefined {
+  fs.mkdirSync(dirname(path), { recursive: true });
+  const file = Deno.openSync(path, { read: true, write: true, create: true });
+  // Its last owner may have published it between opening and locking: then this is the finished blob.
+  if (tryLock(file) === true && statIfExists(path)?.ino === file.statSync().ino) return file;
+  file.close();
+  return undefined;
+}
+
+function blobPath(digest: string): string {
+  return `blobs/${digest.replace(":", "/")}`;
+}
+
+/** Opens a file of an OCI layout or an archive, by its path in it. */
+type MemberOpener = (name: string) => AsyncIterable<Uint8Array>;
+
+function openMembers(
+  kind: "oci" | "oci-archive" | "docker-archive",
+  { path, text }: { path: string; text: string },
+): MemberOpener {
+  const isDirectory = kind === "oci";
+  const stat = onDisk("read", path, () => statIfExists(path));
+  const fail = (state: string) => notFoundError(`Cannot read ${quote(text)}: ${state}`);
+  if (stat === undefined) throw fail("no such file or directory");
+  if (stat.isDirectory() !== isDirectory) throw fail(isDirectory ? "it is not a directory" : "it is a directory");
+  if (!isDirectory) return indexArchive(path);
+  return (name) => {
+    fileSize(join(path, name)); // names a file that does not exist
+    return readFile(join(path, name));
+  };
+}
+
+/** Where a member lies in an archive, or the path that it is a link to. */
+type ArchiveEntry = { offset: number; size: number } | { link: string };
+
+/** Scans an archive on disk once, for where its members lie. A compressed one is decoded again for each member. */
+function indexArchive(path: string): MemberOpener {
+  const fail = (state: string) => integrityError(`Cannot read ${quote(path)}: ${state}`);
+  let index: ReturnType<typeof scanArchive> | undefined;
+  return async function* (name) {
+    index ??= scanArchive(path);
+    const { isPlain, entries } = await index;
+    let entry = entries.get(name);
+    // `docker save` writes some members as links to others.
+    for (let links = 0; entry !== undefined && "link" in entry; links++) {
+      if (links > MAX_LINKS) throw fail(`${quote(name)} is a symbolic link that leads to itself`);
+      entry = entries.get(entry.link);
+    }
+    if (entry === undefined) throw notFoundError(`Cannot read ${quote(path)}: it has no ${quote(name)}`);
+    if (isPlain) return yield* readFile(path, entry);
+    for await (const { offset, read } of tarMembers(decompress(readFile(path), path), { name: path })) {
+      if (offset !== entry.offset) continue;
+      for (let chunk = await read(); chunk !== undefined; chunk = await read()) yield chunk.slice();
+      return;
+    }
+  };
+}
+
+async function scanArchive(path: string): Promise<{ isPlain: boolean; entries: Map<string, ArchiveEntry> }> {
+  using file = onDisk("read", path, () => Deno.openSync(path));
+  const head = new Uint8Array(TAR_BLOCK_BYTES);
+  const isPlain = isTarHeader(head.subarray(0, file.readSync(head) ?? 0));
+  file.seekSync(0, Deno.SeekMode.Start);
+  // Bodies of a plain archive are skipped without being read.
+  const seek = isPlain ? (bytes: number) => void file.seekSync(bytes, Deno.SeekMode.Current) : undefined;
+  const bytes = isPlain ? chunksOf(file, { path }) : decompress(chunksOf(file, { path }), path);
+  const entries = new Map<string, ArchiveEntry>();
+  for await (const { name, type, linkname, offset, size } of tarMembers(bytes, { name: path, seek })) {
+    const member = posix.normalize(name);
+    if (type === "symbolic link") entries.set(member, { link: posix.join(posix.dirname(member), linkname) });
+    else if (type === "hard link") entries.set(member, { link: posix.normalize(linkname) });
+    else if (type === "file") entries.set(member, { offset, size });
+  }
+  return { isPlain, entries };
+}
+
+/** An OCI image layout: `index.json` leads to `blobs/<algorithm>/<hex>`. */
+function layoutStore(open: MemberOpener, text: string): ImageStore {
+  const fail = (state: string) => integrityError(`Cannot read ${quote(text)}: ${state}`);
+  const readIndex = async (): Promise<Descriptor[]> => {
+    const index = parseJson(await readAll(open("index.json"), MAX_MANIFEST_BYTES));
+    if (!Array.isArray(index?.manifests)) throw fail("its index.json is not an index");
+    return index.manifests;
+  };
+  const readBlob = async (digest: string): Promise<Uint8Array> => {
+    if (!DIGEST.test(digest)) throw fail(`${quote(String(digest))} is not a digest`);
+    const body = await readAll(open(blobPath(digest)), MAX_MANIFEST_BYTES);
+    if (body === undefined) throw fail(`manifest ${digest} has more than ${MAX_MANIFEST_BYTES} bytes`);
+    return body;
+  };
+  // `oras cp -r` also lists the images of an index, and what refers to an image; cosign's tags hold signatures.
+  const readRoots = async (): Promise<Descriptor[]> => {
+    const entries = await readIndex();
+    const documents = await Promise.all(entries.map(async ({ digest }) => parseJson(await ifExists(readBlob(digest)))));
+    const children = new Set(documents.flatMap((document) => document?.manifests ?? []).map((child) => child?.digest));
+    const isRoot = ({ digest, annotations }: Descriptor, at: number) =>
+      documents[at]?.subject === undefined && !children.has(digest) &&
+      !/^sha(?:256|512)-/.test(String(annotations?.["org.opencontainers.image.ref.name"]));
+    return entries.filter(isRoot);
+  };
+  return {
+    async manifest(reference) {
+      if (DIGEST.test(reference)) return { body: await readBlob(reference) };
+      const entries = reference === "" ? await readRoots() : await readIndex();
+      const { digest } = chooseFromLayout(entries, { text, tag: reference || undefined });
+      return { body: await readBlob(digest), digest };
+    },
+    blob: ({ digest }) => open(blobPath(digest)),
+    async referrers(digest) {
+      const found: Descriptor[] = [];
+      for (const entry of await readIndex()) {
+        if (!DIGEST.test(String(entry?.digest))) continue;
+        const manifest = parseJson(await readBlob(entry.digest));
+        if (manifest?.subject?.digest === digest) found.push({ artifactType: manifest.artifactType, ...entry });
+      }
+      const index = { mediaType: INDEX_TYPES[0], manifests: found };
+      return found.length === 0 ? undefined : Buffer.from(JSON.stringify(index));
+    },
+  };
+}
+
+/** Without a tag, the layout must leave no choice; entries that refer to another image do not count. */
+function chooseFromLayout(entries: Descriptor[], { text, tag }: { text: string; tag: string | undefined }): Descriptor {
+  const nameOf = (entry: Descriptor) => entry?.annotations?.["org.opencontainers.image.ref.name"];
+  const names = [...new Set(entries.map(nameOf).filter((name) => name !== undefined))];
+  const isNamed = (entry: Descriptor) => nameOf(entry) === tag || String(nameOf(entry)).endsWith(`:${tag}`);
+  const candidates = tag !== undefined
+    ? entries.filter(isNamed)
+    : names.length === 1 && entries.length > 1
+    ? entries.filter((entry) => nameOf(entry) !== undefined)
+    : entries;
+  const [chosen, ...others] = candidates;
+  if (chosen !== undefined && others.every(({ digest }) => digest === chosen.digest)) return chosen;
+  const list = names.length === 0
+    ? `it has ${plural(entries.length, "image")} without a tag`
+    : `it has the tags ${names.join(", ")}`;
+  const hint = tag === undefined && names.length > 0 ? "add one of them after a colon" : undefined;
+  throw notFoundError(`Cannot choose an image in ${quote(text)}: ${list}`, { hint });
+}
+
+/** `docker save`: `manifest.json` names a configuration, which has the digests of the layers, and their files. */
+function dockerArchiveStore(open: MemberOpener, text: string): ImageStore {
+  const fail = (state: string) => integrityError(`Cannot read ${quote(text)}: ${state}`);
+  const files = new Map<string, string>();
+  const readManifest = async (): Promise<Uint8Array> => {
+    const images = parseJsonValue(await readAll(open("manifest.json"), MAX_MANIFEST_BYTES));
+    if (!Array.isArray(images)) throw fail("its manifest.json is not a list");
+    if (images.length !== 1) {
+      throw notFoundError(`Cannot choose in ${quote(text)}: it has ${plural(images.length, "image")}`);
+    }
+    const { Config: configName, Layers: layerNames } = images[0] ?? {};
+    const body = await readAll(open(String(configName)), MAX_MANIFEST_BYTES) ?? new Uint8Array();
+    const digest = digestOf(body, "sha256");
+    const named = /[0-9a-f]{64}/.exec(String(configName))?.[0];
+    if (named !== undefined && digest !== `sha256:${named}`) throw fail("its configuration has another digest");
+    const diffIds: unknown = parseJson(body)?.rootfs?.diff_ids;
+    if (!Array.isArray(diffIds) || !Array.isArray(layerNames) || diffIds.length !== layerNames.length) {
+      throw fail("its layers are not those of its configuration");
+    }
+    files.set(digest, String(configName));
+    diffIds.forEach((diffId, at) => files.set(String(diffId), String(layerNames[at])));
+    const config = { mediaType: CONFIG_TYPES[1], digest, size: body.length };
+    const layers = diffIds.map((diffId) => ({ digest: diffId }));
+    return Buffer.from(JSON.stringify({ schemaVersion: 2, mediaType: MANIFEST_TYPES[1], config, layers }));
+  };
+  return {
+    manifest: async () => ({ body: await readManifest() }),
+    blob: ({ digest }) => open(files.get(digest) ?? digest),
+    referrers: () => Promise.resolve(undefined),
+  };
+}
+
+/** A URL's bytes; resumed only if the server can promise that they have not changed. */
+function urlBytes(url: URL, http: HttpClient): AsyncIterable<Uint8Array> {
+  const user = urlCredentials(url);
+  const bare = withoutUser(url);
+  const name = displayUrl(bare);
+  const authorize = ({ origin }: URL) => user && origin === bare.origin ? basicAuthorization(user) : undefined;
+  const get = async ({ headers, budget, signal, expected = [] }: GetOptions) => {
+    const response = await http.request([bare], { headers, authorize, signal }, budget);
+    if (response.isOk || expected.includes(response.status)) return response;
+    throw await http.statusError(response, `Cannot fetch ${quote(name)}`);
+  };
+  return new BlobDownload(http, { get, name, connections: 1, isMirror: false, isImmutable: false }).bytes(0);
+}
+
+function statIfExists(path: string): fs.Stats | undefined {
+  return fs.statSync(path, { throwIfNoEntry: false });
+}
+
+/** Returns the size of a file that can be read; undefined for a pipe. */
+function fileSize(path: string): number | undefined {
+  const stat = onDisk("read", path, () => statIfExists(path));
+  if (stat === undefined) throw notFoundError(`Cannot read ${quote(path)}: no such file`);
+  if (stat.isDirectory()) throw ioError(`Cannot read ${quote(path)}: it is a directory`);
+  return stat.isFile() ? stat.size : undefined;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 6 Manifest: reference to index to manifest to what is to be fetched, each body checked against its digest; signatures.
+// ---------------------------------------------------------------------------------------------------------------------
+
+/** An image's manifest, of any schema. */
 interface Manifest {
   digest: string;
   mediaType: string;
+  artifactType?: string;
+  config?: Descriptor;
   /** Base first. */
   layers: Descriptor[];
+  /** Schema 1 says the platform itself. */
+  platform?: Partial<Platform>;
 }
 
-/** What a manifest's path can lead to. */
-type Document = ({ kind: "image" } & Manifest) | { kind: "index"; entries: Descriptor[] };
+type ImageIndex = Pick<Manifest, "digest" | "mediaType"> & { entries: Descriptor[] };
 
-/** The manifest for one platform; an index that does not have it is an error that lists what it has. */
-async function resolveManifest(
-  image: ImageReference,
-  registries: Registry[],
-  settings: Settings,
-): Promise<{ manifest: Manifest; platform: string | null }> {
+/** An image whose manifest has been found. */
+interface ResolvedImage {
+  image: ImageReference;
+  /** The image's name, for messages. */
+  name: string;
+  store: ImageStore;
+  /** What the reference named: the index, if there is one. */
+  named: { digest: string; mediaType: string };
+  manifest: Manifest;
+  platform: string | null;
+  /** Whether the manifest was made up, because `docker save` keeps none. */
+  isSynthetic: boolean;
+}
+
+/** Finds the manifest for one platform. An index that does not have it is an error that lists what it has. */
+async function resolveImage(
+  { kind, image, store }: Extract<Origin, { store: ImageStore }>,
+  { platform: wanted }: Settings,
+): Promise<ResolvedImage> {
+  const name = formatReference(image);
   const offered = new Set<string>();
-  let platform: string | null = null;
+  const read = async (reference: string) => readDocument(await store.manifest(reference), { reference, image });
+  const top = await read(image.digest ?? image.tag ?? (kind === "registry" ? "latest" : ""));
 
-  const descend = async (reference: string, depth: number): Promise<Manifest | undefined> => {
-    const ask = (registry: Registry) => fetchDocument(reference, { image, registry, settings });
-    const document = await askEach(registries, ask, settings);
-    if (document.kind === "image") return document;
+  const search = async (document: Manifest | ImageIndex, depth: number): Promise<Manifest | undefined> => {
+    if ("layers" in document) return document;
     if (depth >= MAX_INDEX_DEPTH) {
-      throw integrity("resolve", formatReference(image), `its indexes nest more than ${MAX_INDEX_DEPTH} deep`);
+      throw integrityError(`Cannot resolve ${quote(name)}: its indexes nest more than ${MAX_INDEX_DEPTH} levels deep`);
     }
-    const images = document.entries.filter(isImage);
-    images.filter(hasPlatform).forEach((entry) => offered.add(formatPlatform(entry.platform ?? {})));
-    const chosen = selectManifest(images, settings.platform);
-    if (chosen !== undefined && hasPlatform(chosen)) platform = formatPlatform(chosen.platform ?? {});
-    // Indexes within an index need not say a platform; then each of them is looked into.
-    const nested = images.filter((entry) => !hasPlatform(entry) && INDEX_TYPES.includes(entry.mediaType ?? ""));
+    const images = document.entries.filter(isImageEntry);
+    const candidates = images.length > 0 ? images : document.entries.filter(isUsableEntry);
+    for (const { platform = {}, artifactType, digest } of candidates) {
+      offered.add(formatPlatform(platform) || artifactType || digest);
+    }
+    const chosen = selectEntry(candidates, wanted);
+    // Indexes within an index need not name a platform; then each of them is searched.
+    const nested = candidates.filter((entry) => !hasPlatform(entry) && INDEX_TYPES.includes(entry.mediaType ?? ""));
     for (const entry of chosen === undefined ? nested : [chosen]) {
-      const found = await descend(entry.digest, depth + 1);
-      if (found !== undefined) return found;
+      const found = await search(await read(entry.digest), depth + 1);
+      if (found !== undefined) return hasPlatform(entry) ? { ...found, platform: entry.platform } : found;
     }
     return undefined;
   };
 
-  const manifest = await descend(image.digest ?? image.tag ?? "latest", 0);
-  if (manifest !== undefined) return { manifest, platform };
-  const wanted = formatPlatform(settings.platform);
-  const list = offered.size === 0 ? "it names no platform" : `it is for ${[...offered].join(", ")}`;
-  throw new FetchWheelsError("not-found", `Cannot find ${wanted} in ${quote(formatReference(image))}: ${list}`, {
-    hint: offered.size === 0 ? undefined : "choose one with --platform, if its wheels are what you want",
+  const manifest = await search(top, 0);
+  if (manifest === undefined) {
+    const list = offered.size === 0 ? "its index is empty" : `it has ${[...offered].join(", ")}`;
+    const hint = offered.size === 0 ? undefined : "choose one with --platform";
+    throw notFoundError(`Cannot find ${formatPlatform(wanted)} in ${quote(name)}: ${list}`, { hint });
+  }
+  const platform = await checkPlatform(manifest, { store, name, wanted });
+  const named = { digest: top.digest, mediaType: top.mediaType };
+  return { image, name, store, named, manifest, platform, isSynthetic: kind === "docker-archive" };
+}
+
+/** An image that no index describes may name its platform in its configuration; the wrong one is an error. */
+async function checkPlatform(
+  { config, platform }: Manifest,
+  { store, name, wanted }: { store: ImageStore; name: string; wanted: Platform },
+): Promise<string | null> {
+  const isReadable = config && isImageConfig(config.mediaType) && (config.size ?? 0) <= MAX_MANIFEST_BYTES;
+  const stated = platform ?? (isReadable ? parseJson(await ifExists(readBlob(store, config))) : undefined) ?? {};
+  if (!isPlatform(stated) || !stated.os || !stated.architecture) return null;
+  const offered = normalizePlatform(stated);
+  const text = formatPlatform(offered);
+  if (isCompatible(offered, wanted)) return text;
+  const message = `Cannot find ${formatPlatform(wanted)} in ${quote(name)}: the image is for ${text}`;
+  throw notFoundError(message, { hint: `if that is what you want: --platform ${text}` });
+}
+
+/** Reads a small blob whole and verified; undefined if it is too large. */
+async function readBlob(store: ImageStore, descriptor: Descriptor): Promise<Uint8Array | undefined> {
+  return await readAll(verified(store.blob(descriptor, 0), descriptor), MAX_MANIFEST_BYTES);
+}
+
+/** Returns undefined for what a store does not have. */
+function ifExists<T>(answer: Promise<T>): Promise<T | undefined> {
+  return answer.catch((error) => {
+    if (error instanceof FetchWheelsError && error.kind === "not-found") return undefined;
+    throw error;
   });
 }
 
 /**
- * Chooses from an index as the OCI image specification means it, and never another architecture.
+ * Chooses the image for a platform from an index, never one for another architecture.
  *
  * @param entries The index's `manifests`
- * @param platform The platform asked for
- * @returns The entry, or undefined where none fits
+ * @param platform The platform; without a variant, the host's level of the architecture or a lower one is accepted
+ * @returns The entry, or undefined if none fits
  */
 export function selectManifest(entries: Descriptor[], platform: Platform): Descriptor | undefined {
-  const images = entries.filter(isImage);
-  if (images.length === 1 && !images.some(hasPlatform)) return images[0];
+  return selectEntry(entries.filter(isImageEntry), platform);
+}
+
+function selectEntry(entries: Descriptor[], platform: Platform): Descriptor | undefined {
+  if (entries.length === 1 && !entries.some(hasPlatform)) return entries[0];
   const wanted = normalizePlatform(platform);
-  const fits = images.filter(hasPlatform)
+  const level = (offered: Platform) => variantLevel(offered.variant ?? IMPLIED_VARIANTS.get(offered.architecture)) || 0;
+  return entries.filter(hasPlatform)
     .map((entry) => ({ entry, offered: normalizePlatform(entry.platform ?? {}) }))
-    .filter(({ offered }) => offered.os === wanted.os && offered.architecture === wanted.architecture);
-  const implied = IMPLIED_VARIANTS.get(wanted.architecture);
-  const fit = platform.variant
-    ? fits.find(({ offered }) => (offered.variant ?? implied) === wanted.variant)
-    : fits.find(({ entry }) => !entry.platform?.variant) ?? fits.find(({ offered }) => offered.variant === implied) ??
-      fits[0];
-  return fit?.entry;
+    .filter(({ offered }) => isCompatible(offered, wanted))
+    .sort((a, b) => level(b.offered) - level(a.offered))[0]?.entry;
 }
 
-/** What an architecture means that is named without a variant. */
-const IMPLIED_VARIANTS = new Map([["amd64", "v1"], ["arm64", "v8"], ["arm", "v7"]]);
+/** Artifacts stand in an index beside the images that they are about. */
+function isImageEntry(entry: Descriptor): boolean {
+  return isUsableEntry(entry) && isImageConfig(entry.artifactType);
+}
 
-/** Attestations stand in an index beside the images that they are about. */
-function isImage({ platform, annotations }: Descriptor): boolean {
+/** Reports whether an entry is not an attestation of BuildKit, and has a digest that can be verified. */
+function isUsableEntry({ digest, platform, annotations }: Descriptor): boolean {
   const isUnknown = platform?.os === "unknown" && platform.architecture === "unknown";
-  return !isUnknown && annotations?.["vnd.docker.reference.type"] === undefined;
+  return DIGEST.test(digest) && !isUnknown && annotations?.["vnd.docker.reference.type"] === undefined;
 }
 
-function hasPlatform({ platform }: Descriptor): boolean {
+function hasPlatform({ platform }: { platform?: Partial<Platform> }): boolean {
   return Boolean(platform?.os && platform.architecture);
 }
 
-async function fetchDocument(
-  reference: string,
-  { image, registry, settings }: { image: ImageReference; registry: Registry; settings: Settings },
-): Promise<Document> {
-  const accept = [...INDEX_TYPES, ...MANIFEST_TYPES, ...SCHEMA1_TYPES].join(", ");
-  const ask = (patience: Patience) => registry.get(`manifests/${reference}`, { headers: { accept }, patience });
-  const { exchange, body } = await askWhole(ask, { limit: MAX_MANIFEST_BYTES, settings });
-  const name = formatReference(DIGEST.test(reference) ? { ...image, tag: undefined, digest: reference } : image);
-  const fail = (state: string) => integrity("read manifest", name, state);
-  if (body === undefined) throw fail(`it has more than ${MAX_MANIFEST_BYTES} bytes`);
-  const isNamed = DIGEST.test(reference);
-  const content = isNamed && digestOf(body, reference) === reference ? body : signedPayload(body);
-  const digest = digestOf(content, isNamed ? reference : "sha256:");
-  if (isNamed && digest !== reference) throw fail(`its bytes have the digest ${digest}`);
-  const json = parseJson(content);
-  if (json === undefined) throw fail("it is no JSON object");
-  return readDocument(json, { digest, contentType: exchange.response.headers.get("content-type") ?? "", fail });
+/** Docker once wrote configurations as plain bytes. */
+function isImageConfig(mediaType: string | undefined): boolean {
+  return !mediaType || mediaType === "application/octet-stream" || CONFIG_TYPES.includes(mediaType);
 }
 
-function digestOf(bytes: Uint8Array, like: string): string {
-  const algorithm = like.slice(0, like.indexOf(":"));
-  return `${algorithm}:${createHash(algorithm).update(bytes).digest("hex")}`;
+/** Verifies a manifest's digest and reads it. Its type is what the body says, else the header, else its JSON. */
+function readDocument(
+  { body, contentType = "", digest: claimed }: ManifestAnswer,
+  { reference, image }: { reference: string; image: ImageReference },
+): Manifest | ImageIndex {
+  const isNamed = DIGEST.test(reference);
+  const name = formatReference(isNamed ? { ...image, tag: undefined, digest: reference } : image);
+  const fail = (state: string) => integrityError(`Cannot read manifest ${quote(name)}: ${state}`);
+  const format = formatOf(body);
+  if (format !== undefined) throw fail(`it is ${format}, not JSON`);
+  const expected = isNamed ? reference : DIGEST.test(claimed ?? "") ? claimed : undefined;
+  const algorithm = expected?.split(":")[0] ?? "sha256";
+  const content = digestOf(body, algorithm) === expected ? body : signedPayload(body);
+  const actual = digestOf(content, algorithm);
+  if (expected !== undefined && actual !== expected) {
+    throw fail(`its digest is ${actual}${isNamed ? "" : `, but Docker-Content-Digest is ${expected}`}`);
+  }
+  const json = parseJson(content);
+  if (json === undefined) throw fail("it is not a JSON object");
+  const digest = isNamed ? reference : digestOf(content, "sha256");
+
+  const shape = json.manifests ? INDEX_TYPES[0] : json.layers ? MANIFEST_TYPES[0] : json.fsLayers && SCHEMA1_TYPES[1];
+  const mediaType = [json.mediaType, contentType.split(";")[0]?.trim().toLowerCase(), shape]
+    .find((type) => [...INDEX_TYPES, ...MANIFEST_TYPES, ...SCHEMA1_TYPES].includes(type));
+  if (mediaType === undefined) throw fail("it is neither an index nor a manifest");
+  if (INDEX_TYPES.includes(mediaType)) return { digest, mediaType, entries: readDescriptors(json.manifests, fail) };
+  if (SCHEMA1_TYPES.includes(mediaType)) {
+    // Schema 1 lists the final layer first, and does not say sizes.
+    const blobs = json.fsLayers?.map?.((layer: JsonObject | null) => ({ digest: layer?.blobSum }));
+    const { architecture } = json;
+    const platform = typeof architecture === "string" ? { os: "linux", architecture } : undefined;
+    return { digest, mediaType, layers: readDescriptors(blobs, fail, DIGEST).reverse(), platform };
+  }
+  const [config] = readDescriptors(json.config?.digest === undefined ? [] : [json.config], fail, DIGEST);
+  const artifactType = typeof json.artifactType === "string" ? json.artifactType : undefined;
+  return { digest, mediaType, artifactType, config, layers: readDescriptors(json.layers, fail, DIGEST) };
+}
+
+/** A digest of an algorithm that this module does not know: an entry with one is not an error, but never chosen. */
+const ANY_DIGEST = /^(?:sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128}|(?!sha(?:256|512):)[a-z0-9+._-]+:\S+)$/;
+
+function readDescriptors(value: unknown, fail: (state: string) => Error, pattern = ANY_DIGEST): Descriptor[] {
+  if (!Array.isArray(value)) throw fail("it has neither the manifests nor the layers that its media type promises");
+  for (const { digest, size = 0, platform = {} } of value.map((entry) => entry ?? {})) {
+    if (typeof digest !== "string" || !pattern.test(digest)) throw fail(`${quote(String(digest))} is not a digest`);
+    if (!isPlatform(platform)) throw fail(`the platform of ${digest} is invalid`);
+    if (!Number.isSafeInteger(size) || size < 0) throw fail(`the size of ${digest} is invalid`);
+  }
+  return value;
+}
+
+function isPlatform(value: JsonObject | null): boolean {
+  return [value?.os, value?.architecture, value?.variant].every((part) => typeof (part ?? "") === "string");
 }
 
 /**
- * A signed schema 1 manifest is named by the digest of its payload, which its signature says how to restore. Nothing but
- * the payload may be read then, for the digest speaks of nothing else.
+ * A signed schema 1 manifest is named by the digest of its payload, which its signature says how to restore. Only the
+ * payload is read then, because the digest covers nothing else.
  */
 function signedPayload(body: Uint8Array): Uint8Array {
   const json = parseJson(body);
@@ -1576,412 +3148,348 @@ function signedPayload(body: Uint8Array): Uint8Array {
   return Buffer.concat([body.subarray(0, format.formatLength), Buffer.from(format.formatTail, "base64url")]);
 }
 
-/** The type is what the body says, else what the header says, else what the JSON looks like. */
-function readDocument(
-  json: NonNullable<ReturnType<typeof parseJson>>,
-  { digest, contentType, fail }: { digest: string; contentType: string; fail: (state: string) => FetchWheelsError },
-): Document {
-  const known = [...INDEX_TYPES, ...MANIFEST_TYPES, ...SCHEMA1_TYPES];
-  const looks = Array.isArray(json.manifests)
-    ? INDEX_TYPES[0]
-    : Array.isArray(json.layers)
-    ? MANIFEST_TYPES[0]
-    : Array.isArray(json.fsLayers)
-    ? SCHEMA1_TYPES[1]
-    : undefined;
-  const headed = contentType.split(";")[0]?.trim().toLowerCase();
-  const mediaType = [json.mediaType, headed, looks].find((type) => known.includes(type));
-  if (mediaType === undefined) throw fail("it is neither an index nor a manifest");
-  if (INDEX_TYPES.includes(mediaType)) {
-    return { kind: "index", entries: readDescriptors(json.manifests, fail) };
-  }
-  // Schema 1 lists the final layer first, and says nothing of sizes.
-  const layers = SCHEMA1_TYPES.includes(mediaType)
-    ? readDescriptors(json.fsLayers?.map?.((layer: { blobSum?: unknown }) => ({ digest: layer?.blobSum })), fail)
-      .reverse()
-    : readDescriptors(json.layers, fail);
-  return { kind: "image", digest, mediaType, layers };
+function digestOf(bytes: Uint8Array, algorithm: string): string {
+  return `${algorithm}:${crypto.createHash(algorithm).update(bytes).digest("hex")}`;
 }
 
-function readDescriptors(value: unknown, fail: (state: string) => FetchWheelsError): Descriptor[] {
-  if (!Array.isArray(value)) throw fail("it lists neither manifests nor layers, as its media type promises");
-  for (const { digest, size, platform } of value.map((entry) => entry ?? {})) {
-    if (typeof digest !== "string" || !DIGEST.test(digest)) throw fail(`${quote(String(digest))} in it is no digest`);
-    if (!isPlatform(platform ?? {})) throw fail(`the platform of ${digest} is none`);
-    if (size !== undefined && !(Number.isSafeInteger(size) && size >= 0)) throw fail(`the size of ${digest} is none`);
-  }
-  return value;
+/** Something to fetch: an archive to extract, or a file of an artifact. */
+interface Part {
+  kind: "archive" | "file";
+  /** Undefined for a tarball. */
+  descriptor?: Descriptor;
+  /** What its bytes are called in messages. */
+  name: string;
+  /** Position among the manifest's layers; 1 is the base. */
+  index: number;
+  size?: number;
+  /** Path of a file. */
+  path?: string;
+  /** Directory that every member of an artifact's archive must lie in; the archive was selected as a whole. */
+  directory?: string;
+  /** Digest of the archive before compression. */
+  contentDigest?: string;
+  /** Titles of an artifact that were not selected, carried by its first part. */
+  skipped?: FetchResult["skipped"];
 }
 
-function isPlatform(value: unknown): boolean {
-  const { os, architecture, variant } = value as Record<string, unknown>;
-  return [os, architecture, variant].every((part) => typeof (part ?? "") === "string");
+/** Returns the size of all parts, if every one is known. */
+function totalSize(parts: Part[]): number | undefined {
+  return parts.some(({ size }) => size === undefined) ? undefined : parts.reduce((sum, { size = 0 }) => sum + size, 0);
 }
 
-/** The final layer, unless the user asks for another one. */
-function chooseLayer({ layers }: Manifest, name: string, wanted: string): { layer: Descriptor; info: LayerInfo } {
-  const index = wanted === "last"
-    ? layers.length - 1
-    : DIGEST.test(wanted)
-    ? layers.findIndex(({ digest }) => digest === wanted)
-    : Number(wanted) - 1;
-  const layer = layers[index];
-  if (layer === undefined) {
-    const which = wanted === "last" ? "it has no layers" : `of its ${layers.length} layers none is ${wanted}`;
-    throw new FetchWheelsError("not-found", `Cannot fetch ${quote(name)}: ${which}`);
+function tarballPart(name: string, size?: number): Part {
+  return { kind: "archive", name, index: 1, size };
+}
+
+function layerInfo({ descriptor, index, name }: Part, { manifest }: ResolvedImage): LayerInfo {
+  const { digest = name, size = null, mediaType = null } = descriptor ?? {};
+  return { digest, size, mediaType, index, count: manifest.layers.length };
+}
+
+/** Chooses what to fetch: the final layer, the layers that the user wants, or an artifact's files. */
+function selectParts(resolved: ResolvedImage, { layers, output, filter }: Settings): Part[] {
+  const { manifest, name } = resolved;
+  const isArtifact = !isImageConfig(manifest.config?.mediaType) || !isImageConfig(manifest.artifactType) ||
+    manifest.layers.some((layer) => titleOf(layer) !== undefined);
+  const isDefault = layers.length === 1 && layers[0] === "last";
+  const wanted = isArtifact && isDefault ? ["all"] : layers;
+  const positions = new Set(wanted.flatMap((layer) => layerPositions(layer, resolved)));
+  const parts = [...positions].sort((a, b) => a - b).map((at): Part => {
+    const descriptor = manifest.layers[at];
+    return { kind: "archive", descriptor, name: descriptor?.digest ?? "", index: at + 1, size: descriptor?.size };
+  });
+  const selected = isArtifact ? artifactParts(parts, resolved, filter) : parts;
+  const needsOne = output !== undefined || isArtifact && !isDefault;
+  if (!needsOne || selected.length === 1) return selected;
+  const option = output === undefined ? "--layer" : "--output";
+  const count = plural(selected.length, isArtifact ? "file" : "layer");
+  const hint = `select one with ${isArtifact ? "--include" : "--layer"}`;
+  throw usageError(`Cannot use ${option} with ${count} of ${quote(name)}`, { hint });
+}
+
+function layerPositions(wanted: string, { manifest: { layers }, name }: ResolvedImage): number[] {
+  const isDigest = DIGEST.test(wanted);
+  const last = wanted === "last" ? layers.length : Number(wanted);
+  const at = isDigest ? layers.findIndex(({ digest }) => digest === wanted) : last - 1;
+  if (wanted === "all" && layers.length > 0) return [...layers.keys()];
+  if (layers[at] !== undefined) return [at];
+  const state = layers.length === 0
+    ? "it has no layers"
+    : `it has ${plural(layers.length, "layer")}, but no layer ${wanted}`;
+  throw notFoundError(`Cannot fetch ${quote(name)}: ${state}`);
+}
+
+function titleOf({ annotations }: Descriptor): string | undefined {
+  const title = annotations?.[TITLE];
+  return typeof title === "string" ? title : undefined;
+}
+
+/** A media type of an archive, such as `application/vnd.oci.image.layer.v1.tar+gzip` or `application/x-tgz`. */
+const TAR_TYPE = /(?:^|[./+-])(?:x-)?(?:tar|tgz|gtar)(?:$|[.+-])/;
+
+/** An artifact's titled layers are files, or directories that `oras push` has packed; untitled ones must be archives. */
+function artifactParts(layers: Part[], { manifest, name }: ResolvedImage, filter: FilterOptions): Part[] {
+  const select = memberFilter(filter);
+  const skipped: FetchResult["skipped"] = [];
+  const titles = new Set<string>();
+  const paths = new Set<string>();
+  const parts: Part[] = [];
+  for (const part of layers) {
+    const { annotations = {}, mediaType = "" } = part.descriptor ?? {};
+    const title = part.descriptor && titleOf(part.descriptor);
+    if (title === undefined) {
+      if (!TAR_TYPE.test(mediaType)) {
+        const types = [...new Set(manifest.layers.map(({ mediaType = "unknown" }) => mediaType))].join(", ");
+        throw notFoundError(`Cannot fetch ${quote(name)}: it has no file with a title and no archive, but ${types}`);
+      }
+      parts.push(part);
+      continue;
+    }
+    const fail = (state: string) => integrityError(`Cannot fetch file ${quote(title)} of ${quote(name)}: ${state}`);
+    const source = cleanPath(title);
+    if (title.includes("\0")) throw fail("its title contains NUL");
+    if (isOutside(source)) throw unsafeError(title, 'its title contains ".."');
+    if (source === "") throw fail("its title is empty");
+    if (titles.has(source)) throw fail("two layers have this title");
+    titles.add(source);
+    const isPacked = annotations["io.deis.oras.content.unpack"] === "true";
+    const { path, reason } = select(source);
+    if (reason !== undefined && !(isPacked && reason === TOO_SHORT)) skipped.push({ path: source, reason });
+    else if (isPacked) {
+      const contentDigest = annotations["io.deis.oras.content.digest"];
+      const isKnown = contentDigest === undefined || DIGEST.test(contentDigest);
+      if (!isKnown) throw fail("the digest of its content is invalid");
+      parts.push({ ...part, name: title, directory: source, contentDigest });
+    } else {
+      if (paths.has(path)) throw fail(`two files would have the path ${quote(path)}`);
+      paths.add(path);
+      parts.push({ ...part, kind: "file", name: title, path });
+    }
   }
-  const { digest, size = null, mediaType = null } = layer;
-  return { layer, info: { digest, size, mediaType, index: index + 1, count: layers.length } };
+  if (parts[0] === undefined) throw noMatchError(`artifact ${quote(name)}`, { skipped: skipped.length, filter });
+  parts[0].skipped = skipped;
+  return parts;
+}
+
+/** A public key that may have signed an image. */
+interface VerifyKey {
+  file: string;
+  key: crypto.KeyObject;
+  /** What cosign calls the key in a bundle. */
+  hint: string;
+  /** Digest algorithms to try; null for Ed25519, which signs the message itself. */
+  algorithms: (string | null)[];
+}
+
+/** By the names of JSON Web Keys. For P-384 the standard is SHA-384, but cosign uses SHA-256 with every curve. */
+const KEY_ALGORITHMS: Record<string, (string | null)[]> = {
+  "RSA": ["sha256"],
+  "P-256": ["sha256"],
+  "P-384": ["sha384", "sha256"],
+  "Ed25519": [null],
+};
+
+function readVerifyKey(file: string): VerifyKey {
+  const fail = (state: string) => usageError(`Cannot use verification key ${quote(file)}: ${state}`);
+  if (!fs.existsSync(file)) throw fail("no such file");
+  const pem = onDisk("read", file, () => fs.readFileSync(file, "utf8"));
+  if (!pem.includes("-----BEGIN PUBLIC KEY-----")) throw fail("it has no PEM public key");
+  try {
+    const key = crypto.createPublicKey(pem);
+    const { kty = "", crv = kty } = key.export({ format: "jwk" });
+    const hint = crypto.createHash("sha256").update(key.export({ format: "der", type: "spki" })).digest("base64");
+    const algorithms = KEY_ALGORITHMS[crv];
+    if (algorithms !== undefined) return { file, key, hint, algorithms };
+  } catch {
+    // Keys of kinds that have no JSON Web Key, such as DSA, are as useless as broken ones.
+  }
+  throw fail(`it is not a valid key of a supported kind (${Object.keys(KEY_ALGORITHMS).join(", ")})`);
+}
+
+function isSignedBy({ key, algorithms }: VerifyKey, { message, signature }: StoredSignature): boolean {
+  return algorithms.some((algorithm) => {
+    try {
+      return crypto.verify(algorithm, message, key, signature);
+    } catch {
+      return false; // a malformed signature is not a signature by this key
+    }
+  });
+}
+
+/** A signature as cosign stores it, before anything about it has been checked. */
+interface StoredSignature {
+  format: SignatureFormat;
+  /** The bytes that were signed. */
+  message: Uint8Array;
+  signature: Uint8Array;
+  /** Names the key that signed; only bundles have it. */
+  hint?: string;
+  /** The kind of statement that was signed, if that is not the signature of an image. */
+  otherKind?: string;
+  /** The digests that the statement is about. */
+  digests: string[];
+}
+
+/**
+ * Checks that one of the keys signed what the reference named or the chosen manifest, as cosign does, without asking a
+ * transparency log.
+ */
+async function verifySignature(
+  resolved: ResolvedImage,
+  { verifyKeys, report }: Settings,
+): Promise<FetchResult["verified"]> {
+  if (verifyKeys.length === 0) return null;
+  const files = verifyKeys.map(({ file }) => quote(file)).join(" or ");
+  let state = "it has no signature";
+  for (const digest of new Set([resolved.named.digest, resolved.manifest.digest])) {
+    for await (const stored of storedSignatures(resolved, digest)) {
+      const { format, hint, otherKind, digests } = stored;
+      const signer = verifyKeys.find((key) => isSignedBy(key, stored));
+      if (signer !== undefined && otherKind === undefined && digests.includes(digest)) {
+        report({ type: "verified", digest, key: signer.file, format });
+        return { digest, key: signer.file, format };
+      }
+      const isOurs = verifyKeys.some((key) => key.hint === hint);
+      if (otherKind !== undefined) state = `${quote(otherKind)} is not an image signature`;
+      else if (signer !== undefined) state = `the signature is for another digest, ${digests.join(", ") || "none"}`;
+      else if (hint === undefined) state = `it is not signed by the key ${files}, or the signed payload was changed`;
+      else state = isOurs ? "its payload was changed after it was signed" : `it is signed by a key other than ${files}`;
+    }
+  }
+  throw integrityError(`Cannot verify the signature of ${quote(resolved.name)}: ${state}`);
+}
+
+/** Yields the signatures of a digest: cosign 3's bundles, then the simple signing of cosign 1 and 2. */
+async function* storedSignatures({ store, image }: ResolvedImage, digest: string): AsyncGenerator<StoredSignature> {
+  const tag = digest.replace(":", "-");
+  const read = async (reference: string): Promise<Partial<Manifest & ImageIndex>> => {
+    const answer = await ifExists(store.manifest(reference));
+    return answer === undefined ? {} : readDocument(answer, { reference, image: { ...image, tag: reference } });
+  };
+  // Without the referrers API, the index has a tag.
+  const readReferrers = async () => parseJson(await store.referrers(digest))?.manifests;
+  const lists = [readReferrers, async () => (await read(tag)).entries];
+  for (const list of lists) {
+    for (const entry of [await list()].flat()) {
+      if (!DIGEST.test(entry?.digest) || !MANIFEST_TYPES.includes(entry.mediaType)) continue;
+      // The artifact type in an index is not reliable, so each manifest is read.
+      const { artifactType, layers: [layer] = [] } = await read(entry.digest);
+      const isBundle = [artifactType, layer?.mediaType].some((type) => String(type).startsWith(BUNDLE_TYPE));
+      if (layer !== undefined && isBundle) yield* bundleSignatures(parseJson(await readBlob(store, layer)));
+    }
+  }
+  for (const layer of (await read(`${tag}.sig`)).layers ?? []) {
+    if (layer.mediaType !== SIMPLE_SIGNING_TYPE) continue;
+    const message = await readBlob(store, layer) ?? new Uint8Array();
+    const signature = decodeBase64(layer.annotations?.["dev.cosignproject.cosign/signature"]);
+    const critical = parseJson(message)?.critical;
+    const digests = [String(critical?.image?.["docker-manifest-digest"])];
+    const otherKind = critical?.type === SIMPLE_SIGNING_KIND ? undefined : String(critical?.type);
+    yield { format: "simplesigning", message, signature, otherKind, digests };
+  }
+}
+
+const BUNDLE_TYPE = "application/vnd.dev.sigstore.bundle";
+const SIMPLE_SIGNING_TYPE = "application/vnd.dev.cosign.simplesigning.v1+json";
+const SIMPLE_SIGNING_KIND = "cosign container image signature";
+const BUNDLE_KIND = "https://sigstore.dev/cosign/sign/v1";
+
+/** The envelope in a bundle (DSSE) signs its type and its payload, an in-toto statement. */
+function* bundleSignatures(bundle: JsonObject | undefined): Generator<StoredSignature> {
+  const { payload, payloadType, signatures } = bundle?.dsseEnvelope ?? {};
+  if (typeof payloadType !== "string" || !Array.isArray(signatures)) return;
+  const content = decodeBase64(payload);
+  const head = `DSSEv1 ${Buffer.byteLength(payloadType)} ${payloadType} ${content.length} `;
+  const message = Buffer.concat([Buffer.from(head), content]);
+  const { predicateType, subject } = parseJson(content) ?? {};
+  const isImageSignature = payloadType === "application/vnd.in-toto+json" && predicateType === BUNDLE_KIND;
+  const otherKind = isImageSignature ? undefined : String(predicateType ?? payloadType);
+  const subjects: (JsonObject | null | undefined)[] = [subject].flat();
+  const digests = subjects.flatMap((subject) => Object.entries(subject?.digest ?? {}).map((pair) => pair.join(":")));
+  const hint = bundle?.verificationMaterial?.publicKey?.hint;
+  for (const entry of signatures) {
+    const signature = decodeBase64(entry?.sig);
+    yield { format: "bundle", message, signature, hint, otherKind, digests };
+  }
+}
+
+function decodeBase64(value: unknown): Uint8Array {
+  return Buffer.from(typeof value === "string" ? value : "", "base64");
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 6 Layer: the blob's bytes. They end well only when digest and size are right, so nobody downstream can forget to ask.
+// 7 Bytes: a part's bytes end well only if digest and size are right, so that nobody downstream can forget to check.
 // ---------------------------------------------------------------------------------------------------------------------
 
-/** Mirrors first; where one breaks off, the next goes on. */
-async function* blobBytes(
-  layer: Descriptor,
-  { registries, settings, at }: { registries: Registry[]; settings: Settings; at: number },
+/** Yields the bytes of a part, verified if the image names it by digest. */
+async function* openPart(
+  { descriptor }: Part,
+  { origin, meter, signal }: { origin: Origin; meter: ByteMeter; signal: AbortSignal },
 ): AsyncGenerator<Uint8Array> {
-  for (const registry of registries.filter(({ isDown }) => !isDown)) {
-    try {
-      for await (const chunk of download({ layer, registry, settings, at })) {
-        at += chunk.length;
-        yield chunk;
-      }
-      return;
-    } catch (error) {
-      tellOfMirror(error, registry, settings);
-    }
-  }
-}
-
-/** A blob on its way from one registry, with what was learnt of it. */
-interface Blob {
-  readonly registry: Registry;
-  readonly digest: string;
-  readonly settings: Settings;
-  /** Tries on the whole, shared by all its ranges. */
-  readonly whole: { failures: number };
-  /** From the manifest; for schema 1 from the first answer. */
-  size: number | undefined;
-  /** Where the registry redirected to; good until the signature in it runs out. */
-  location?: URL;
-  /** Strong entity tag, for `If-Range`. */
-  validator?: string;
-  /** False when the server has shown that it has no ranges, or not the right ones. */
-  hasRanges: boolean;
-  /** A wrong length that was claimed for the whole blob. */
-  claimed?: number;
-}
-
-/** An answer with the blob's bytes from a place on. */
-interface Opened {
-  exchange: Exchange;
-  start: number;
-}
-
-async function* download(
-  { layer, registry, settings, at }: { layer: Descriptor; registry: Registry; settings: Settings; at: number },
-): AsyncGenerator<Uint8Array> {
-  const stop = new AbortController();
-  const signal = AbortSignal.any([settings.signal, stop.signal]);
-  const { digest, size } = layer;
-  const whole = { failures: 0 };
-  const blob: Blob = { registry, digest, settings: { ...settings, signal }, whole, size, hasRanges: true };
+  const bytes = "bytes" in origin ? origin.bytes : descriptor && verified(origin.store.blob(descriptor, 0), descriptor);
+  if (bytes === undefined) return;
   try {
-    if (size === undefined || size - at < PARALLEL_FROM_BYTES || settings.connections === 1) {
-      yield* range(blob, { from: at, to: size });
-      return;
-    }
-    // The first answer decides: a server without ranges sends everything, and then that is it.
-    const opened = await open(blob, { at, to: at + RANGE_BYTES, patience: newPatience(whole) });
-    if (blob.hasRanges) yield* inParallel(blob, { from: at, size, opened });
-    else yield* range(blob, { from: at, to: size, opened });
-  } finally {
-    stop.abort();
-  }
-}
-
-/** Ranges over several connections, delivered in order. Each of them is resumed by itself. */
-async function* inParallel(
-  blob: Blob,
-  { from, size, opened }: { from: number; size: number; opened: Opened | undefined },
-): AsyncGenerator<Uint8Array> {
-  const underway: Promise<Uint8Array[]>[] = [];
-  let next = from;
-  while (true) {
-    for (; blob.hasRanges && next < size && underway.length < blob.settings.connections; next += RANGE_BYTES) {
-      const to = Math.min(next + RANGE_BYTES, size);
-      const chunks = Array.fromAsync(range(blob, { from: next, to, opened }));
-      chunks.catch(() => {}); // it is awaited below, unless an earlier one fails first
-      underway.push(chunks);
-      opened = undefined;
-    }
-    // Should the server turn out to have no ranges after all, what is left comes in one stream, not once for each range.
-    if (underway[0] === undefined) return yield* range(blob, { from: next, to: size });
-    yield* await underway[0];
-    underway.shift(); // not before: what is being delivered takes its part of the memory, too
-  }
-}
-
-/** The blob's bytes in `[from, to)`. A connection that dies is replaced by one that asks for the rest. */
-async function* range(
-  blob: Blob,
-  { from, to, opened }: { from: number; to: number | undefined; opened?: Opened },
-): AsyncGenerator<Uint8Array> {
-  const patience = newPatience(blob.whole);
-  let at = from;
-  while (to === undefined || at < to) {
-    try {
-      opened ??= await open(blob, { at, to, patience });
-      const { exchange, start } = opened;
-      opened = undefined;
-      to ??= blob.size;
-      let skip = at - start;
-      for await (const chunk of answerBody(exchange, blob.settings)) {
-        // At the blob's own end nothing is cut off, so that too many bytes are seen as such.
-        const end = to === undefined || to === blob.size ? undefined : skip + to - at;
-        const wanted = chunk.subarray(skip, end);
-        skip = Math.max(0, skip - chunk.length);
-        if (wanted.length === 0) continue;
-        at += wanted.length;
-        patience.failures = 0;
-        yield wanted;
-        if (end !== undefined && at === to) break;
-      }
-      if (to === undefined) return;
-      if (at < to) throw endedEarly(blob, at);
-    } catch (error) {
-      await beforeRetry(error, patience, blob.settings);
-    }
-  }
-}
-
-function endedEarly({ digest, size }: Blob, at: number): RequestError {
-  const message = `Cannot fetch layer ${quote(digest)}: the answer ended after ${at} of ${size} bytes`;
-  return new RequestError("broken", message, { kind: "integrity" });
-}
-
-/** Asks for `[at, to)`, closed, and finds out where the answer really begins. */
-async function open(
-  blob: Blob,
-  { at, to, patience }: { at: number; to: number | undefined; patience: Patience },
-): Promise<Opened> {
-  const isPart = blob.hasRanges && to !== undefined && (at > 0 || to !== blob.size);
-  const headers: Record<string, string> = isPart ? { range: `bytes=${at}-${to - 1}` } : {};
-  if (isPart && blob.validator !== undefined) headers["if-range"] = blob.validator;
-  const exchange = await askForBlob(blob, headers, patience);
-  const { status, headers: answered } = exchange.response;
-  const length = Number(answered.get("content-length") ?? NaN);
-  const tag = answered.get("etag");
-  if (tag?.startsWith('"')) blob.validator = tag;
-  if (status === 206 && isPart && isAskedFor(answered.get("content-range"), { at, to, size: blob.size })) {
-    return { exchange, start: at };
-  }
-  if (isPart) blob.hasRanges = false;
-  if (status !== 200) {
-    await exchange.response.body?.cancel();
-    if (isPart) return await open(blob, { at, to, patience });
-    const body = await readError(exchange, blob.settings);
-    throw statusError("fetch", blob.digest, { exchange, body });
-  }
-  blob.size ??= Number.isNaN(length) ? undefined : length;
-  if (blob.size !== undefined && length !== blob.size && !Number.isNaN(length)) {
-    // Once may be a fault on the way; twice the same is what the registry holds.
-    if (blob.claimed === length) {
-      await exchange.response.body?.cancel();
-      throw wrongLength(blob, length);
-    }
-    blob.claimed = length;
-  }
-  return { exchange, start: 0 };
-}
-
-function wrongLength({ digest, size }: Blob, length: number): FetchWheelsError {
-  return integrity("verify layer", digest, `it has ${length} bytes, and its manifest says ${size}`);
-}
-
-/** RFC 9110, section 14.4: start, end and total must be those that were asked for; a shorter end is allowed. */
-function isAskedFor(
-  contentRange: string | null,
-  { at, to, size }: { at: number; to: number; size: number | undefined },
-): boolean {
-  const [, first, last, total] = /^bytes (\d+)-(\d+)\/(\d+|\*)$/.exec(contentRange ?? "") ?? [];
-  const isTotal = total === "*" || size === undefined || Number(total) === size;
-  return Number(first) === at && Number(last) >= at && Number(last) < to && isTotal;
-}
-
-/** The place that the registry redirected to is asked directly, until it refuses; the registry signs a new one then. */
-async function askForBlob(blob: Blob, headers: Record<string, string>, patience: Patience): Promise<Exchange> {
-  const { registry, digest, settings, location } = blob;
-  if (location !== undefined) {
-    const exchange = await request([location], headers, { settings, patience });
-    if (exchange.response.ok || exchange.response.status === 416) return exchange;
-    await exchange.response.body?.cancel();
-    blob.location = undefined;
-  }
-  const expected = headers.range === undefined ? [] : [400, 416];
-  const exchange = await registry.get(`blobs/${digest}`, { headers, expected, patience });
-  if (exchange.response.ok && exchange.url.origin !== exchange.asked.origin) blob.location = exchange.url;
-  return exchange;
-}
-
-/** Passes bytes on and counts them; throws at their end, or as soon as there are too many, unless they are the right ones. */
-async function* verified(bytes: AsyncIterable<Uint8Array>, { digest, size }: Descriptor): AsyncGenerator<Uint8Array> {
-  const hash = createHash(digest.slice(0, digest.indexOf(":")));
-  let received = 0;
-  for await (const chunk of bytes) {
-    received += chunk.length;
-    if (size !== undefined && received > size) {
-      throw integrity("verify layer", digest, `more than its ${size} bytes came`);
-    }
-    hash.update(chunk);
-    yield chunk;
-  }
-  if (size !== undefined && received < size) {
-    throw integrity("verify layer", digest, `${received} of its ${size} bytes came`);
-  }
-  const actual = hash.digest("hex");
-  if (!digest.endsWith(`:${actual}`)) throw integrity("verify layer", digest, `its bytes hash to ${actual}`);
-}
-
-/** Keeps what passes by, laid out as the `blobs` of an OCI layout. What is kept is no more trusted than the network. */
-async function* throughCache(
-  layer: Descriptor,
-  { settings, fetchFrom }: { settings: Settings; fetchFrom: (at: number) => AsyncIterable<Uint8Array> },
-): AsyncGenerator<Uint8Array> {
-  const file = join(settings.cache ?? "", "blobs", layer.digest.replace(":", "/"));
-  if (!settings.isFresh && await isIntact(file, { layer, settings })) {
-    settings.onProgress({ type: "cached", digest: layer.digest, size: fs.statSync(file).size });
-    return yield* verified(readFile(file), layer);
-  }
-  using part = PartialBlob.claim(file, settings);
-  const bytes = part === undefined ? fetchFrom(0) : part.resume(fetchFrom);
-  try {
-    for await (const chunk of verified(bytes, layer)) {
-      part?.append(chunk);
+    for await (const chunk of interruptible(bytes, signal)) {
+      meter.received(chunk.length);
       yield chunk;
     }
   } catch (error) {
-    if (error instanceof FetchWheelsError && error.kind === "integrity") part?.discard();
-    throw error;
-  }
-  part?.publish();
-}
-
-async function isIntact(
-  file: string,
-  { layer, settings }: { layer: Descriptor; settings: Settings },
-): Promise<boolean> {
-  try {
-    if (!fs.existsSync(file)) return false;
-    for await (const _ of verified(readFile(file), layer)) settings.signal.throwIfAborted();
-    return true;
-  } catch (error) {
-    settings.signal.throwIfAborted();
-    settings.onProgress({ type: "warning", message: `the cache is wrong: ${(error as Error).message}` });
-    return false;
+    if (descriptor === undefined || !(error instanceof FetchWheelsError) || error.kind !== "not-found") throw error;
+    const layer = descriptor.urls === undefined ? "layer" : "foreign layer, which registries may not distribute,";
+    throw notFoundError(error.message, { hint: `the image names a ${layer} that is missing`, cause: error });
   }
 }
 
-/** A blob of the cache that is not whole yet. Its lock says who may write to it; without one, nothing is kept. */
-class PartialBlob implements Disposable {
-  readonly #path: string;
-  readonly #file: Deno.FsFile;
-  readonly #settings: Settings;
-  /** Bytes that were there when it was claimed, and are passed on before new ones are fetched. */
-  readonly #size: number;
-  #passed = 0;
-  #isKept = true;
-
-  static claim(blob: string, settings: Settings): PartialBlob | undefined {
-    const path = `${blob}.part`;
-    try {
-      fs.mkdirSync(dirname(path), { recursive: true });
-      const file = tryLock(path, "any");
-      if (typeof file === "string") return undefined; // someone else is fetching it, and will keep it
-      // Its last owner may have published it between opening and locking: then this is the finished blob.
-      if (fs.statSync(path, { throwIfNoEntry: false })?.ino === file.statSync().ino) {
-        return new PartialBlob(path, file, settings);
-      }
-      file.close();
-    } catch (error) {
-      warnOfCache(error, path, settings);
-    }
-    return undefined;
+/**
+ * Passes bytes on. Throws before the last one if the digest is wrong, and as soon as there are too many; without a size,
+ * throws at the end.
+ */
+async function* verified(
+  bytes: AsyncIterable<Uint8Array>,
+  { digest, size }: Descriptor,
+  name = digest,
+): AsyncGenerator<Uint8Array> {
+  const fail = (state: string) => integrityError(`Cannot verify ${quote(name)}: ${state}`);
+  const hash = crypto.createHash(digest.split(":")[0] ?? "");
+  const check = () => {
+    const actual = hash.digest("hex");
+    if (!digest.endsWith(`:${actual}`)) throw fail(`the digest of its bytes is ${actual}, not ${digest}`);
+  };
+  let received = 0;
+  for await (const chunk of bytes) {
+    received += chunk.length;
+    if (size !== undefined && received > size) throw fail(`it has more than the ${size} bytes that its manifest says`);
+    hash.update(chunk);
+    if (received === size) check();
+    yield chunk;
   }
-
-  private constructor(path: string, file: Deno.FsFile, settings: Settings) {
-    [this.#path, this.#file, this.#settings] = [path, file, settings];
-    if (settings.isFresh) file.truncateSync(0);
-    this.#size = file.statSync().size;
-  }
-
-  async *resume(fetchFrom: (at: number) => AsyncIterable<Uint8Array>): AsyncGenerator<Uint8Array> {
-    if (this.#size > 0) yield* readFile(this.#path);
-    yield* fetchFrom(this.#size);
-  }
-
-  append(chunk: Uint8Array): void {
-    const isNew = this.#passed >= this.#size;
-    this.#passed += chunk.length;
-    if (!isNew || !this.#isKept) return;
-    try {
-      this.#file.seekSync(0, Deno.SeekMode.End);
-      writeAll(this.#file, chunk);
-    } catch (error) {
-      warnOfCache(error, this.#path, this.#settings);
-      this.discard();
-    }
-  }
-
-  publish(): void {
-    if (!this.#isKept) return;
-    try {
-      this.#file.syncSync();
-      fs.renameSync(this.#path, this.#path.replace(/\.part$/, ""));
-    } catch (error) {
-      warnOfCache(error, this.#path, this.#settings);
-    }
-  }
-
-  discard(): void {
-    if (this.#isKept) fs.rmSync(this.#path, { force: true });
-    this.#isKept = false;
-  }
-
-  [Symbol.dispose](): void {
-    this.#file.close();
-  }
-}
-
-function warnOfCache(error: unknown, path: string, { onProgress }: Settings): void {
-  const { message } = diskError("write", path, error) as Error;
-  onProgress({ type: "warning", message: `the layer is not kept: ${message.split("\n")[0]}` });
+  if (size !== undefined && received < size) throw fail(`it has ${received} bytes, but its manifest says ${size}`);
+  if (size === undefined || size === 0) check();
 }
 
 /** Pulls exact amounts out of a stream of chunks. What it returns is a view that holds until the next call. */
 class ByteReader {
   readonly #source: AsyncIterator<Uint8Array>;
   readonly #endsEarly: () => FetchWheelsError;
+  readonly #seek: ((bytes: number) => void) | undefined;
   #chunk: Uint8Array = new Uint8Array();
-  #position = 0;
+  /** Bytes consumed so far. */
+  position = 0;
 
-  /** `endsEarly` makes the error for a source that ends before the bytes that are asked for. */
-  constructor(source: AsyncIterable<Uint8Array>, endsEarly: () => FetchWheelsError) {
+  /** `endsEarly` makes the error for a source that ends too early; `seek` skips bytes of it without reading them. */
+  constructor(source: AsyncIterable<Uint8Array>, endsEarly: () => FetchWheelsError, seek?: (bytes: number) => void) {
     this.#source = source[Symbol.asyncIterator]();
     this.#endsEarly = endsEarly;
-  }
-
-  /** Bytes consumed so far. */
-  get position(): number {
-    return this.#position;
+    this.#seek = seek;
   }
 
   /** Returns between one and `limit` bytes, or undefined at the end. */
   async some(limit: number): Promise<Uint8Array | undefined> {
-    if (this.#chunk.length === 0 && !await this.#pull()) return undefined;
+    while (this.#chunk.length === 0) {
+      const { done, value } = await this.#source.next();
+      if (done) return undefined;
+      this.#chunk = value;
+    }
     return this.#take(limit);
   }
 
@@ -2001,21 +3509,31 @@ class ByteReader {
   /** Returns the next `size` bytes, fewer at the end, and leaves them to be read. */
   async peek(size: number): Promise<Uint8Array> {
     while (this.#chunk.length < size) {
-      const seen = this.#chunk;
-      this.#chunk = new Uint8Array();
-      const isMore = await this.#pull();
-      if (seen.length > 0) this.#chunk = Buffer.concat([seen, this.#chunk]);
-      if (!isMore) break;
+      const seen = new Uint8Array(this.#chunk); // the source may free a chunk when the next one is requested
+      const { done, value } = await this.#source.next();
+      this.#chunk = done ? seen : Buffer.concat([seen, value]);
+      if (done) break;
     }
     return this.#chunk.subarray(0, size);
   }
 
   async skip(size: number): Promise<void> {
-    for (let left = size; left > 0;) {
+    let left = size - this.#take(size).length;
+    if (this.#seek !== undefined) {
+      this.#seek(left);
+      this.position += left;
+      return;
+    }
+    while (left > 0) {
       const part = await this.some(left);
       if (part === undefined) throw this.#endsEarly();
       left -= part.length;
     }
+  }
+
+  /** Yields the rest, in pieces of at most `limit` bytes. */
+  async *rest(limit = Infinity): AsyncGenerator<Uint8Array> {
+    for (let piece = await this.some(limit); piece !== undefined; piece = await this.some(limit)) yield piece;
   }
 
   /** Reads to the end, so that whatever checks the source sees all of it. */
@@ -2031,73 +3549,54 @@ class ByteReader {
   #take(limit: number): Uint8Array {
     const view = this.#chunk.subarray(0, limit);
     this.#chunk = this.#chunk.subarray(view.length);
-    this.#position += view.length;
+    this.position += view.length;
     return view;
-  }
-
-  async #pull(): Promise<boolean> {
-    while (this.#chunk.length === 0) {
-      const { done, value } = await this.#source.next();
-      if (done) return false;
-      this.#chunk = value;
-    }
-    return true;
   }
 }
 
-/** minizlib passes its options on to `node:zlib`; its types do not list this one. */
+/** minizlib changes its options, so it gets a copy, and passes them on to `node:zlib`. Its types do not list this one. */
 const INFLATE_OPTIONS: ConstructorParameters<typeof Gunzip>[0] & { chunkSize: number } = { chunkSize: INFLATED_BYTES };
+const ZSTD_FRAME = 0xfd2fb528;
+const ZSTD_SKIPPABLE = 0x184d2a50; // the first of 16 magic numbers
 
-const GZIP_MAGIC = "\x1f\x8b";
-const ZSTD_MAGIC = "\x28\xb5\x2f\xfd";
-/** Skippable frames of zstd begin with any of 16 magic numbers. */
-const ZSTD_SKIPPABLE_MAGICS = Array.from({ length: 16 }, (_, low) => `${String.fromCharCode(0x50 + low)}\x2a\x4d\x18`);
-
-/** What begins like this cannot be read; it is named for what it is. */
-const OTHER_MAGICS: [magic: string, name: string][] = [
-  ["\xfd7zXZ\0", "an xz file"],
-  ["BZh", "a bzip2 file"],
+const MAGICS: [magic: string, format: string][] = [
+  ["\x1f\x8b", "gzip data"],
+  ["\x28\xb5\x2f\xfd", "zstd data"],
+  ["\xfd7zXZ\0", "xz data"],
+  ["BZh", "bzip2 data"],
   ["PK\x03\x04", "a zip file (a wheel?)"],
   ["7z\xbc\xaf\x27\x1c", "a 7z file"],
-  ["\x04\x22M\x18", "an lz4 file"],
+  ["\x04\x22M\x18", "lz4 data"],
 ];
+
+/** Names what bytes are by how they begin; undefined for anything else, such as a tar archive or JSON. */
+function formatOf(bytes: Uint8Array): string | undefined {
+  const head = Buffer.from(bytes.subarray(0, TAR_BLOCK_BYTES)).toString("latin1");
+  if (head === "") return "empty";
+  if (/^\s*<(?:!doctype|html|\?xml)/i.test(head)) return "an HTML page (text/html; from a login page or a proxy?)";
+  return MAGICS.find(([magic]) => head.startsWith(magic))?.[1];
+}
 
 /**
  * Undoes gzip or zstd, as the first bytes say; other bytes pass as they are. Always drains its input, so that trailing
- * bytes are verified too.
- *
- * @param name What the bytes are, for messages
+ * bytes are verified too. `name` is what the bytes are called in messages.
  */
 async function* decompress(bytes: AsyncIterable<Uint8Array>, name: string): AsyncGenerator<Uint8Array> {
-  const reader = new ByteReader(bytes, () => integrity("decompress", name, "the data ends early (truncated?)"));
+  const fail = (state: string) => integrityError(`Cannot decompress ${quote(name)}: ${state}`);
+  const reader = new ByteReader(bytes, () => fail("it ends early (truncated?)"));
   try {
     const head = await reader.peek(TAR_BLOCK_BYTES);
-    const text = Buffer.from(head).toString("latin1");
-    if (text.startsWith(GZIP_MAGIC)) {
-      yield* inflate(new Gunzip({ ...INFLATE_OPTIONS }), gzipPieces(reader), name);
-    } else if ([ZSTD_MAGIC, ...ZSTD_SKIPPABLE_MAGICS].some((magic) => text.startsWith(magic))) {
-      yield* inflate(new ZstdDecompress({ ...INFLATE_OPTIONS }), zstdPieces(reader, name), name);
-    } else {
-      const other = isTarHeader(head) ? undefined : otherFormat(text);
-      if (other !== undefined) throw integrity("read", name, `it is ${other}, not a tar archive`);
-      for (let part = await reader.some(Infinity); part !== undefined; part = await reader.some(Infinity)) yield part;
-    }
+    const format = isTarHeader(head) ? undefined : formatOf(head);
+    if (format === "gzip data") {
+      // Small pieces, because a piece can inflate to a thousand times its size, all at once.
+      yield* inflate(new Gunzip({ ...INFLATE_OPTIONS }), reader.rest(DEFLATED_BYTES), fail);
+    } else if (format === "zstd data" || (firstNumber(head) & 0xfffffff0) === ZSTD_SKIPPABLE) {
+      yield* inflate(new ZstdDecompress({ ...INFLATE_OPTIONS }), zstdPieces(reader, fail), fail);
+    } else if (format === undefined) yield* reader.rest();
+    else throw integrityError(`Cannot read ${quote(name)}: it is ${format}, not a tar archive`);
     await reader.drain();
   } finally {
     reader.cancel();
-  }
-}
-
-function otherFormat(head: string): string | undefined {
-  if (head === "") return "empty";
-  if (/^\s*<(?:!doctype|html|\?xml)/i.test(head)) return "an HTML or XML page";
-  return OTHER_MAGICS.find(([magic]) => head.startsWith(magic))?.[1];
-}
-
-/** Small pieces, because a piece can inflate to a thousand times its size, all at once. */
-async function* gzipPieces(reader: ByteReader): AsyncGenerator<Uint8Array> {
-  for (let piece = await reader.some(DEFLATED_BYTES); piece !== undefined; piece = await reader.some(DEFLATED_BYTES)) {
-    yield piece;
   }
 }
 
@@ -2105,25 +3604,21 @@ async function* gzipPieces(reader: ByteReader): AsyncGenerator<Uint8Array> {
 async function* inflate(
   decoder: Gunzip | ZstdDecompress,
   pieces: AsyncIterable<Uint8Array>,
-  name: string,
+  fail: (state: string) => Error,
 ): AsyncGenerator<Uint8Array> {
   const ready: Uint8Array[] = [];
+  decoder.on("data", (chunk) => ready.push(chunk));
   const run = (step: () => void) => {
     try {
       step();
+      return ready.splice(0);
     } catch (error) {
-      const state = (error as Error).message.replace(/^zlib: /, "");
-      throw integrity("decompress", name, state, error);
+      throw fail((error as Error).message.replace(/^zlib: /, ""));
     }
   };
-  decoder.on("data", (chunk) => ready.push(chunk));
   try {
-    for await (const piece of pieces) {
-      run(() => decoder.write(piece as Buffer));
-      yield* ready.splice(0);
-    }
-    run(() => decoder.end());
-    yield* ready.splice(0);
+    for await (const piece of pieces) yield* run(() => decoder.write(piece as Buffer));
+    yield* run(() => decoder.end());
   } finally {
     decoder.close();
   }
@@ -2134,23 +3629,18 @@ async function* inflate(
  * without a word about what follows in the same piece, and takes a truncated frame for a whole one. Drops skippable
  * frames. A block inflates to 128 KiB at most, so that a piece cannot take much memory.
  */
-async function* zstdPieces(reader: ByteReader, name: string): AsyncGenerator<Uint8Array> {
-  const fail = (state: string) => integrity("decompress", name, state);
-  for (let head = await reader.peek(18); head.length > 0; head = await reader.peek(18)) {
-    const view = new DataView(head.buffer, head.byteOffset, head.byteLength);
-    const magic = head.length < 8 ? 0 : view.getUint32(0, true);
-    if ((magic & 0xfffffff0) === 0x184d2a50) {
-      await reader.skip(8 + view.getUint32(4, true));
+async function* zstdPieces(reader: ByteReader, fail: (state: string) => Error): AsyncGenerator<Uint8Array> {
+  for (let head = await reader.peek(8); head.length > 0; head = await reader.peek(8)) {
+    const magic = firstNumber(head);
+    if ((magic & 0xfffffff0) === ZSTD_SKIPPABLE) {
+      await reader.skip(8 + firstNumber(head.subarray(4)));
       continue;
     }
-    if (magic !== 0xfd2fb528) throw fail("what follows a zstd frame is not another one");
-    const descriptor = view.getUint8(4);
+    if (magic !== ZSTD_FRAME) throw fail("what follows a zstd frame is not another one");
+    const descriptor = head[4] ?? 0;
     const isSingleSegment = (descriptor & 0x20) !== 0;
     const dictionaryBytes = [0, 1, 2, 4][descriptor & 3] ?? 0;
     const contentSizeBytes = [isSingleSegment ? 1 : 0, 2, 4, 8][descriptor >> 6] ?? 0;
-    if (!isSingleSegment && view.getUint8(5) >> 3 > MAX_ZSTD_WINDOW_LOG - 10) {
-      throw fail(`it needs a window of more than ${2 ** (MAX_ZSTD_WINDOW_LOG - 20)} MiB`);
-    }
     yield await reader.exactly(5 + (isSingleSegment ? 0 : 1) + dictionaryBytes + contentSizeBytes);
     const checksumBytes = descriptor & 4 ? 4 : 0;
     for (let isLast = false; !isLast;) {
@@ -2163,42 +3653,21 @@ async function* zstdPieces(reader: ByteReader, name: string): AsyncGenerator<Uin
   }
 }
 
-function isWorker(): boolean {
-  return (globalThis as { name?: string }).name === WORKER_NAME;
+/** Reads four bytes, the least significant one first; 0 if there are fewer. */
+function firstNumber(bytes: Uint8Array): number {
+  return bytes.length < 4 ? 0 : new DataView(bytes.buffer, bytes.byteOffset).getUint32(0, true);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 7 Tar: members, made safe. An archive that tries to reach outside is refused whole, for nothing in it can be trusted.
+// 8 Archive: the tar reader; members made safe and selected. Only headers are interpreted, never the bodies of members.
 // ---------------------------------------------------------------------------------------------------------------------
-
-/** A member as it may be written: its path is relative, clean and inside. */
-type Member =
-  | { kind: "file"; path: string; mode: number; mtime: Date | undefined; body: AsyncIterable<Uint8Array> }
-  | { kind: "directory"; path: string; mode: number }
-  | { kind: "hardlink"; path: string; target: string }
-  | { kind: "symlink"; path: string; target: string }
-  | { kind: "skipped"; path: string; reason: string };
-
-/** What of an archive is wanted: globs, and how many components of its paths are not. */
-interface Choice {
-  include: string[];
-  exclude: string[];
-  strip: number;
-}
-
-async function* tarMembers(bytes: AsyncIterable<Uint8Array>, choice: Choice): AsyncGenerator<Member> {
-  const choose = chooser(choice);
-  for await (const entry of new TarReader(bytes, "the layer").members()) {
-    const member = choose(safeMember(entry));
-    if (member !== undefined) yield member;
-  }
-}
 
 /** A member as its header and the extensions before it describe it. Nothing about it is safe yet. */
 interface TarMember {
   name: string;
   linkname: string;
-  type: MemberType;
+  /** `file`, `directory`, `hard link`, `symbolic link`, or a type that is not supported. */
+  type: string;
   size: number;
   mode: number;
   /** Seconds since 1970. */
@@ -2211,11 +3680,8 @@ interface TarMember {
   read(): Promise<Uint8Array | undefined>;
 }
 
-type MemberType = "file" | "directory" | "hard link" | "symbolic link" | UnsupportedType;
-type UnsupportedType = "character device" | "block device" | "FIFO" | "volume label" | "member of unknown type";
-
 /** Types by their flag; `S` is GNU's old form of a sparse file. */
-const MEMBER_TYPES: Record<string, MemberType> = {
+const MEMBER_TYPES: Record<string, string> = {
   "\0": "file",
   "0": "file",
   "7": "file",
@@ -2228,122 +3694,94 @@ const MEMBER_TYPES: Record<string, MemberType> = {
   "6": "FIFO",
   "V": "volume label",
 };
+const BODILESS_TYPES = "123456";
 
-/** Types that have no body, whatever their size field says. */
-const BODILESS = new Set<MemberType>([
-  "directory",
-  "hard link",
-  "symbolic link",
-  "character device",
-  "block device",
-  "FIFO",
-]);
-
-/** Records of a PAX header, or GNU's long names under the same keys; values are bytes, which need not be UTF-8. */
+/** Records of PAX, or GNU's long names under the same keys; values are bytes, which need not be UTF-8. */
 type TarExtensions = Map<string, Uint8Array>;
 
 /**
  * Reads a tar archive (POSIX pax, ustar, GNU and v7 formats) member by member, without buffering any, modelled on Go's
- * `archive/tar`. Only headers are interpreted. A body that the caller does not read is skipped.
+ * `archive/tar`. Skips what the caller does not read of a body. Ends only after the end marker and what follows that.
+ * `name` is what the archive is called in messages; `seek` skips bytes of the source without reading them.
  */
-class TarReader {
-  readonly #reader: ByteReader;
-  readonly #name: string;
-  #globals: TarExtensions = new Map();
-  #pax: TarExtensions = new Map();
-  #gnu: TarExtensions = new Map();
-
-  /** `name` is what the archive is called in messages. */
-  constructor(bytes: AsyncIterable<Uint8Array>, name: string) {
-    this.#name = name;
-    this.#reader = new ByteReader(bytes, () => this.#fail("it ends early (truncated?)"));
-  }
-
-  /** Yields the members. Ends only after the end marker, and after all that follows it has been read. */
-  async *members(): AsyncGenerator<TarMember> {
-    const reader = this.#reader;
-    try {
-      while (true) {
-        const block = await reader.exactly(TAR_BLOCK_BYTES);
-        if (block.every((byte) => byte === 0)) break;
-        if (!isTarHeader(block)) {
-          throw this.#fail(reader.position === TAR_BLOCK_BYTES ? "it is not a tar archive" : "a header is corrupt");
+async function* tarMembers(
+  bytes: AsyncIterable<Uint8Array>,
+  { name, seek }: { name: string; seek?: (bytes: number) => void },
+): AsyncGenerator<TarMember> {
+  const fail = (state: string) => integrityError(`Cannot read archive ${quote(name)}: ${state}`);
+  const reader = new ByteReader(bytes, () => fail("it ends early (truncated?)"), seek);
+  const globals: TarExtensions = new Map();
+  let pax: TarExtensions = new Map();
+  const gnu: TarExtensions = new Map();
+  try {
+    for (let block = await reader.exactly(TAR_BLOCK_BYTES); block.some((byte) => byte !== 0);) {
+      if (!isTarHeader(block)) {
+        throw fail(reader.position === TAR_BLOCK_BYTES ? "it is not a tar archive" : "a header is corrupt");
+      }
+      const flag = String.fromCharCode(block[156] ?? 0);
+      if ("xgLK".includes(flag)) {
+        const size = parseTarNumber(block.subarray(124, 136)) ?? -1;
+        if (size < 0 || size > MAX_EXTENSION_BYTES) {
+          throw fail("an extension header has more than 1 MiB, or no valid size");
         }
-        const typeflag = String.fromCharCode(block[156] ?? 0);
-        const ownSize = parseTarNumber(block.subarray(124, 136));
-        if ("xgLK".includes(typeflag)) {
-          await this.#readExtension(typeflag, ownSize);
-          continue;
+        const body = await reader.exactly(size);
+        if (flag === "x") pax = new Map();
+        if (flag === "L") gnu.set("path", new Uint8Array(untilNul(body)));
+        else if (flag === "K") gnu.set("linkpath", new Uint8Array(untilNul(body)));
+        else if (!readPaxRecords(body, flag === "g" ? globals : pax)) throw fail("a PAX header is corrupt");
+        await reader.skip(paddingAfter(size));
+      } else {
+        // PAX wins over GNU's long names, and both win over the header. An empty value stands for the header's.
+        const isPlain = gnu.size + globals.size + pax.size === 0;
+        const given = isPlain ? [] : [...gnu, ...globals, ...pax].filter(([, value]) => value.length > 0);
+        const member = readTarMember(block, flag, new Map(given));
+        if (!(member.size >= 0)) throw fail(`the size of ${quote(member.name)} is invalid`);
+        // GNU's old sparse files have further blocks of holes before the body, which the size does not include.
+        for (let isMore = flag === "S" && block[482] === 1; isMore;) {
+          isMore = (await reader.exactly(TAR_BLOCK_BYTES))[504] === 1;
         }
-        const member = this.#member(block, typeflag, ownSize);
-        if (typeflag === "S") await this.#skipSparseMaps(block);
         let left = member.size;
         member.offset = reader.position;
         member.read = async () => {
-          const part = left === 0 ? undefined : await reader.some(left);
-          if (part === undefined && left > 0) throw this.#fail("it ends early (truncated?)");
-          left -= part?.length ?? 0;
+          if (left === 0) return undefined;
+          const part = await reader.some(left);
+          if (part === undefined) throw fail("it ends early (truncated?)");
+          left -= part.length;
           return part;
         };
         yield member;
         await reader.skip(left + paddingAfter(member.size));
+        if (pax.size > 0) pax = new Map();
+        gnu.clear();
       }
-      await reader.drain();
-    } finally {
-      reader.cancel();
+      block = await reader.exactly(TAR_BLOCK_BYTES);
     }
+    await reader.drain();
+  } finally {
+    reader.cancel();
   }
+}
 
-  async #readExtension(typeflag: string, size: number | undefined): Promise<void> {
-    if (size === undefined || size < 0) throw this.#fail("the size of an extension header is invalid");
-    if (size > MAX_EXTENSION_BYTES) throw this.#fail(`an extension header has more than ${MAX_EXTENSION_BYTES} bytes`);
-    const body = (await this.#reader.exactly(size)).slice();
-    await this.#reader.skip(paddingAfter(size));
-    if (typeflag === "L") this.#gnu.set("path", untilNul(body));
-    else if (typeflag === "K") this.#gnu.set("linkpath", untilNul(body));
-    else {
-      const target = typeflag === "g" ? this.#globals : this.#pax;
-      if (!parsePaxRecords(body, target)) throw this.#fail("a PAX header is corrupt");
-    }
-  }
-
-  /** Puts header and extensions together; PAX wins over GNU's long names, and both win over the header. */
-  #member(block: Uint8Array, typeflag: string, ownSize: number | undefined): TarMember {
-    const extensions = new Map([...this.#gnu, ...this.#globals, ...this.#pax].filter(([, value]) => value.length > 0));
-    this.#pax = new Map();
-    this.#gnu = new Map();
-
-    const name = decodeName(extensions.get("path") ?? headerName(block));
-    const linkname = decodeName(extensions.get("linkpath") ?? untilNul(block.subarray(157, 257)));
-    const isSparse = typeflag === "S" || [...extensions.keys()].some((key) => key.startsWith("GNU.sparse."));
-    let type = MEMBER_TYPES[typeflag] ?? "member of unknown type";
-    if (type === "file" && name.text.endsWith("/")) type = "directory";
-
-    const paxSize = extensions.get("size");
-    const size = BODILESS.has(type) ? 0 : paxSize === undefined ? ownSize : parsePaxSize(paxSize);
-    if (size === undefined || size < 0) throw this.#fail(`the size of ${quote(name.text)} is invalid`);
-    return {
-      name: name.text,
-      linkname: linkname.text,
-      type,
-      size,
-      mode: parseTarNumber(block.subarray(100, 108)) ?? 0o644,
-      mtime: parsePaxTime(extensions.get("mtime")) ?? parseTarNumber(block.subarray(136, 148)) ?? 0,
-      fault: isSparse ? "is a sparse file, which is not supported" : name.fault ?? linkname.fault,
-      offset: 0,
-      read: () => Promise.resolve(undefined),
-    };
-  }
-
-  /** GNU's old sparse files have further blocks of holes before the body, which the size does not include. */
-  async #skipSparseMaps(header: Uint8Array): Promise<void> {
-    let isExtended = header[482] === 1;
-    while (isExtended) isExtended = (await this.#reader.exactly(TAR_BLOCK_BYTES))[504] === 1;
-  }
-
-  #fail(state: string): FetchWheelsError {
-    return integrity("read archive", this.#name, state);
-  }
+/** Puts a header and its extensions together. A size of NaN is invalid. */
+function readTarMember(block: Uint8Array, flag: string, extensions: TarExtensions): TarMember {
+  const { text: name, fault } = decodeName(extensions.get("path") ?? headerName(block));
+  const target = decodeName(extensions.get("linkpath") ?? untilNul(block.subarray(157, 257)));
+  const isSparse = flag === "S" || extensions.has("sparse");
+  const isDirectory = flag === "5" || MEMBER_TYPES[flag] === "file" && name.endsWith("/");
+  const mtime = parsePaxNumber(extensions.get("mtime"), /^-?\d+(?:\.\d*)?$/);
+  const paxSize = extensions.get("size");
+  const size = paxSize ? parsePaxNumber(paxSize, /^\d+$/) : parseTarNumber(block.subarray(124, 136));
+  return {
+    name,
+    linkname: target.text,
+    type: isDirectory ? "directory" : MEMBER_TYPES[flag] ?? "member of unknown type",
+    size: isDirectory || BODILESS_TYPES.includes(flag) ? 0 : Number.isSafeInteger(size) ? size ?? NaN : NaN,
+    mode: parseTarNumber(block.subarray(100, 108)) ?? 0o644,
+    mtime: mtime ?? parseTarNumber(block.subarray(136, 148)) ?? 0,
+    fault: isSparse ? "is a sparse file, which is not supported" : fault ?? target.fault,
+    offset: 0,
+    read: () => Promise.resolve(undefined),
+  };
 }
 
 /** Reports whether the block's checksum is right; some writers summed signed bytes. */
@@ -2360,64 +3798,42 @@ function isTarHeader(block: Uint8Array): boolean {
   return stored === unsigned || stored === signed;
 }
 
+const POSIX_MAGIC = Buffer.from("ustar\0");
+const NOTHING = new Uint8Array();
+
 /** The prefix belongs to the name only after POSIX's magic; GNU keeps other things in its place. */
 function headerName(block: Uint8Array): Uint8Array {
   const name = untilNul(block.subarray(0, 100));
-  const isPosix = Buffer.from(block.subarray(257, 263)).toString("latin1") === "ustar\0";
-  const prefix = isPosix ? untilNul(block.subarray(345, 500)) : new Uint8Array();
+  const prefix = POSIX_MAGIC.equals(block.subarray(257, 263)) ? untilNul(block.subarray(345, 500)) : NOTHING;
   return prefix.length === 0 ? name : Buffer.concat([prefix, Buffer.from("/"), name]);
 }
 
 /** Octal digits between blanks or NULs, or base 256 in two's complement; undefined for anything else. */
 function parseTarNumber(field: Uint8Array): number | undefined {
   if ((field[0] ?? 0) & 0x80) {
-    const isNegative = ((field[0] ?? 0) & 0x40) !== 0;
-    let value = isNegative ? -1n : 0n;
-    for (const [at, byte] of field.entries()) {
-      value = value << 8n | BigInt(at === 0 && !isNegative ? byte & 0x7f : byte);
-    }
-    return Number.isSafeInteger(Number(value)) ? Number(value) : undefined;
+    const bits = field.length * 8 - 1; // the first bit only says that base 256 follows
+    const value = Number(BigInt.asIntN(bits, BigInt(`0x${Buffer.from(field).toString("hex")}`)));
+    return Number.isSafeInteger(value) ? value : undefined;
   }
-  const text = Buffer.from(field).toString("latin1").replace(/^[ \0]+|[ \0]+$/g, "");
-  if (text === "") return 0;
-  return /^[0-7]+$/.test(text) ? parseInt(text, 8) : undefined;
-}
-
-/** Adds `LENGTH KEY=VALUE\n` records to a map. Goes by their lengths: a value may hold anything, line breaks included. */
-function parsePaxRecords(body: Uint8Array, records: TarExtensions): boolean {
-  for (let at = 0; at < body.length;) {
-    const blank = body.indexOf(0x20, at);
-    const digits = blank < 0 ? "" : Buffer.from(body.subarray(at, blank)).toString("latin1");
-    const end = at + Number(/^\d{1,9}$/.test(digits) ? digits : NaN);
-    const equals = body.indexOf(0x3d, blank);
-    const isRecord = end <= body.length && equals > blank + 1 && equals < end && body[end - 1] === 0x0a;
-    if (!isRecord) return false;
-    const key = Buffer.from(body.subarray(blank + 1, equals)).toString("utf8");
-    records.set(key, body.subarray(equals + 1, end - 1));
-    at = end;
+  const isBlank = (byte: number | undefined) => byte === 0 || byte === 0x20;
+  let at = 0;
+  let end = field.length;
+  while (at < end && isBlank(field[at])) at++;
+  while (end > at && isBlank(field[end - 1])) end--;
+  let value = 0;
+  for (; at < end; at++) {
+    const digit = (field[at] ?? 0) - 0x30;
+    if (digit < 0 || digit > 7) return undefined;
+    value = value * 8 + digit;
   }
-  return true;
-}
-
-function parsePaxSize(value: Uint8Array): number | undefined {
-  const text = Buffer.from(value).toString("latin1");
-  return /^\d+$/.test(text) && Number.isSafeInteger(Number(text)) ? Number(text) : undefined;
-}
-
-function parsePaxTime(value: Uint8Array | undefined): number | undefined {
-  const text = Buffer.from(value ?? []).toString("latin1");
-  return /^-?\d+(?:\.\d*)?$/.test(text) ? Number(text) : undefined;
-}
-
-function untilNul(field: Uint8Array): Uint8Array {
-  const end = field.indexOf(0);
-  return end < 0 ? field : field.subarray(0, end);
+  return value;
 }
 
 const NAME_DECODER = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
 
 /** A name that is not UTF-8 is shown with replacement characters, and is a fault. */
 function decodeName(bytes: Uint8Array): { text: string; fault?: string } {
+  if (bytes.length === 0) return { text: "" };
   try {
     return { text: NAME_DECODER.decode(bytes) };
   } catch {
@@ -2425,1323 +3841,1255 @@ function decodeName(bytes: Uint8Array): { text: string; fault?: string } {
   }
 }
 
+/**
+ * Adds `LENGTH KEY=VALUE\n` records to a map. Goes by their lengths, because a value may hold anything. Keeps only keys
+ * that matter, and all of those of sparse files as one, so that many headers do not take much memory.
+ */
+function readPaxRecords(body: Uint8Array, records: TarExtensions): boolean {
+  for (let at = 0; at < body.length;) {
+    const blank = body.indexOf(0x20, at);
+    const digits = blank < 0 ? "" : Buffer.from(body.subarray(at, blank)).toString("latin1");
+    const end = at + Number(/^\d{1,9}$/.test(digits) ? digits : NaN);
+    const equals = body.indexOf(0x3d, blank);
+    const isRecord = end <= body.length && equals > blank + 1 && equals < end && body[end - 1] === 0x0a;
+    if (!isRecord) return false;
+    const key = Buffer.from(body.subarray(blank + 1, equals)).toString("utf8").replace(/^GNU\.sparse\..*/s, "sparse");
+    if (["path", "linkpath", "size", "mtime", "sparse"].includes(key)) {
+      records.set(key, new Uint8Array(body.subarray(equals + 1, end - 1)));
+    }
+    at = end;
+  }
+  return true;
+}
+
+function parsePaxNumber(value: Uint8Array | undefined, pattern: RegExp): number | undefined {
+  const text = Buffer.from(value ?? []).toString("latin1");
+  return pattern.test(text) ? Number(text) : undefined;
+}
+
+function untilNul(field: Uint8Array): Uint8Array {
+  const end = field.indexOf(0);
+  return end < 0 ? field : field.subarray(0, end);
+}
+
 function paddingAfter(size: number): number {
   return (TAR_BLOCK_BYTES - size % TAR_BLOCK_BYTES) % TAR_BLOCK_BYTES;
 }
 
-/** The member, with every rule applied; undefined for the archive's own root. */
-function safeMember(member: TarMember): Member | undefined {
-  const fail = (state: string) => integrity("read archive member", member.name, state);
-  if (member.fault !== undefined) throw fail(`it ${member.fault}`);
-  const path = insidePath(member.name, member.name);
-  if (path === "") {
-    if (member.type === "directory") return undefined;
-    throw fail("it has no name");
+/** Which members to extract: globs, and how many leading components to drop. */
+interface FilterOptions {
+  include: string[];
+  exclude: string[];
+  strip: number;
+}
+
+/** Where a member is extracted, or why it is skipped. */
+type MemberFilter = (path: string) => { path: string; reason?: string };
+
+const EXCLUDED = "excluded by --exclude";
+const NOT_INCLUDED = "not matched by --include";
+const HIDDEN = 'hidden (a component of its path begins with ".")';
+const TOO_SHORT = "its path has too few components for --strip-components";
+const UNSUPPORTED = "unsupported type: ";
+const WHITEOUT = "whiteout";
+
+/** Makes a filter for clean paths. A glob stands for a path, for a name, and for everything below either. */
+function memberFilter({ include, exclude, strip }: FilterOptions): MemberFilter {
+  const isIncluded = picomatch(include, { dot: true, nonegate: true });
+  const isExcluded = picomatch(exclude, { dot: true, nonegate: true });
+  return (path) => {
+    const components = path.split("/");
+    const matches = (matcher: (text: string) => boolean) =>
+      components.some((name, at) => matcher(name) || matcher(components.slice(0, at + 1).join("/")));
+    const stripped = components.slice(strip).join("/");
+    if (exclude.length > 0 && matches(isExcluded)) return { path, reason: EXCLUDED };
+    if (include.length > 0 && !matches(isIncluded)) return { path, reason: NOT_INCLUDED };
+    const isHidden = components.some((name) => name.startsWith(".") && name !== "..");
+    if (include.length === 0 && isHidden) return { path, reason: HIDDEN };
+    return components.length <= strip ? { path, reason: TOO_SHORT } : { path: stripped };
+  };
+}
+
+/** Drops a leading "/", as tar and Docker do, and components that say nothing. */
+function cleanPath(path: string): string {
+  return path.split("/").filter((component) => component !== "" && component !== ".").join("/");
+}
+
+/** Reports whether a clean path could lead outside of the directory that it is meant for. */
+function isOutside(path: string): boolean {
+  return path.includes("\0") || path.split("/").includes("..");
+}
+
+/** How one archive is extracted. In an artifact's directory, whiteouts are files like any other. */
+type ArchivePlan = Pick<Part, "name" | "directory" | "contentDigest"> & { filter: FilterOptions };
+
+/** A member that may be written: its path is clean and inside. `source` is its path before components were dropped. */
+type ArchiveMember =
+  | { kind: "file"; path: string; source: string; size: number; mode: number; mtime: number; read: TarMember["read"] }
+  | { kind: "directory"; path: string; source: string; mode: number }
+  | { kind: "hard link"; path: string; source: string; target: string }
+  | { kind: "symbolic link"; path: string; source: string; target: string }
+  | { kind: "whiteout"; source: string; target: string; isOpaque: boolean }
+  | { kind: "skipped"; source: string; reason: string };
+
+/** Yields the members of a compressed archive. One that could lead outside condemns the archive, unless it is skipped. */
+async function* archiveMembers(bytes: AsyncIterable<Uint8Array>, plan: ArchivePlan): AsyncGenerator<ArchiveMember> {
+  const { name, directory, contentDigest: digest } = plan;
+  const content = decompress(bytes, name);
+  const filter = memberFilter(directory === undefined ? plan.filter : { ...plan.filter, include: ["**"], exclude: [] });
+  for await (const member of tarMembers(digest ? verified(content, { digest }, name) : content, { name })) {
+    const safe = safeMember(member, filter, directory);
+    if (safe !== undefined) yield safe;
   }
-  const { type, mode, linkname } = member;
+}
+
+/** Applies every rule to a member; undefined for the archive's own root. */
+function safeMember(member: TarMember, filter: MemberFilter, directory: string | undefined): ArchiveMember | undefined {
+  const { name, type, linkname, size, mode, mtime, fault, read } = member;
+  const fail = (state: string) => integrityError(`Cannot extract ${quote(name)}: ${state}`);
+  const source = cleanPath(name);
+  if (source === "" && type === "directory") return undefined;
+  const { path, reason } = filter(source);
+  const whiteout = directory === undefined ? whiteoutOf(source) : undefined;
+  if (reason === EXCLUDED || reason === NOT_INCLUDED) return whiteout ?? { kind: "skipped", source, reason };
+  if (isOutside(source)) throw unsafeError(name, `its path contains ${source.includes("\0") ? "NUL" : '".."'}`);
+  if (source === "") throw fail("it has no name");
+  if (directory !== undefined && source !== directory && !source.startsWith(`${directory}/`)) {
+    throw unsafeError(name, `it lies outside of its directory ${quote(directory)}`);
+  }
+  if (whiteout !== undefined) return whiteout;
+  if (reason !== undefined) return { kind: "skipped", source, reason };
+  if (fault !== undefined) throw fail(`it ${fault}`);
   switch (type) {
     case "file":
-      return {
-        kind: "file",
-        path,
-        mode: (mode & 0o777) | 0o600,
-        mtime: new Date(member.mtime * 1000),
-        body: bodyOf(member),
-      };
+      // As PEP 706: the owner can read and write, others cannot write, and there are no special bits.
+      return { kind: "file", path, source, size, mode: mode & 0o755 | 0o600, mtime, read };
     case "directory":
-      return { kind: "directory", path, mode: (mode & 0o777) | 0o700 };
-    case "hard link":
-      return { kind: "hardlink", path, target: insidePath(linkname, member.name) };
+      return { kind: "directory", path, source, mode: mode & 0o755 | 0o700 };
+    case "hard link": {
+      const target = cleanPath(linkname);
+      if (isOutside(target)) throw unsafeError(name, `it is a hard link to ${quote(linkname)}, which is outside`);
+      return { kind: "hard link", path, source, target };
+    }
     case "symbolic link":
-      if (/^$|\0/.test(linkname)) throw fail("it links to nowhere");
-      return { kind: "symlink", path, target: linkname };
+      if (linkname === "" || linkname.includes("\0")) throw fail("it is a symbolic link without a valid target");
+      return { kind: "symbolic link", path, source, target: linkname };
     default:
-      return { kind: "skipped", path, reason: `it is a ${type}` };
+      return { kind: "skipped", source, reason: `${UNSUPPORTED}${type}` };
   }
 }
 
-async function* bodyOf(member: TarMember): AsyncGenerator<Uint8Array> {
-  for (let part = await member.read(); part !== undefined; part = await member.read()) yield part;
-}
-
-/** Leaves out what is not wanted. A glob stands for a path, for a name, and for all that is below either. */
-function chooser({ include, exclude, strip }: Choice): (member: Member | undefined) => Member | undefined {
-  const matcher = (globs: string[]) => globs.length === 0 ? undefined : picomatch(globs, { dot: true, nonegate: true });
-  const [isIncluded, isExcluded] = [matcher(include), matcher(exclude)];
-
-  const reasonAgainst = (path: string): string | undefined => {
-    const components = path.split("/");
-    const names = components.flatMap((name, at) => [name, components.slice(0, at + 1).join("/")]);
-    const isWanted = isIncluded !== undefined && names.some((name) => isIncluded(name));
-    if (isExcluded !== undefined && names.some((name) => isExcluded(name))) return "it is excluded";
-    if (isIncluded !== undefined && !isWanted) return "it is not included";
-    const isHidden = components.some((component) => component.startsWith("."));
-    if (isHidden && !isWanted) return 'its path has a component that begins with "."';
-    return components.length <= strip ? `its path has no more than ${strip} components` : undefined;
-  };
-
-  return (member) => {
-    if (member === undefined || member.kind === "skipped") return member;
-    const { path } = member;
-    const reason = reasonAgainst(path);
-    if (reason !== undefined) return { kind: "skipped", path, reason };
-    const stripped = (text: string) => text.split("/").slice(strip).join("/");
-    const shorter = { ...member, path: stripped(path) };
-    return shorter.kind === "hardlink" ? { ...shorter, target: stripped(shorter.target) } : shorter;
-  };
-}
-
-/** A path without `.` and empty components. One that could lead outside condemns the archive. */
-function insidePath(path: string, member: string): string {
-  const fail = (state: string) => unsafe(member, state);
-  if (path.startsWith("/")) throw fail(`the path ${quote(path)} is absolute`);
-  if (path.includes("\0")) throw fail(`the path ${quote(path)} holds a NUL`);
-  const components = path.split("/").filter((component) => component !== "" && component !== ".");
-  if (components.includes("..")) throw fail(`the path ${quote(path)} holds ".."`);
-  return components.join("/");
-}
-
-function unsafe(member: string, state: string): FetchWheelsError {
-  return new FetchWheelsError("unsafe", `Cannot extract ${quote(member)}: ${state}`, {
-    hint: "the archive was refused whole; look at who made it",
-  });
+/** OCI image specification, "Whiteouts": `.wh.NAME` removes NAME of lower layers, `.wh..wh..opq` empties its directory. */
+function whiteoutOf(source: string): ArchiveMember | undefined {
+  const name = posix.basename(source);
+  if (!name.startsWith(".wh.") || isOutside(source)) return undefined;
+  const directory = posix.dirname(source);
+  const removed = name.slice(".wh.".length);
+  const isOpaque = removed === ".wh..opq";
+  const isNothing = !isOpaque && (["", ".", ".."].includes(removed) || removed.startsWith(".wh."));
+  if (isNothing) return { kind: "skipped", source, reason: WHITEOUT };
+  return { kind: "whiteout", source, target: cleanPath(isOpaque ? directory : `${directory}/${removed}`), isOpaque };
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 8 Disk: everything is written to a staging directory, and renamed into place when all of it is known to be right.
+// 9 Extract: members become a tree of entries, on a disk or only in a list; large archives in a thread of their own.
 // ---------------------------------------------------------------------------------------------------------------------
 
-/** Where the bytes go. Disposing of it removes whatever was not published. */
-interface Target extends Disposable {
-  receive(bytes: AsyncIterable<Uint8Array>, layer: LayerInfo | null): Promise<Received>;
+/** An entry of the tree. `source` is its path in the archive, `layer` the ordinal of the archive that it came from. */
+interface TreeEntry {
+  kind: "file" | "directory" | "symbolic link";
+  size: number;
+  digest: string | null;
+  source: string;
+  layer: number;
 }
 
-type Received = Pick<FetchResult, "files" | "skipped">;
-
-function openTarget(settings: Settings): Target {
-  if (settings.dryRun) return { receive: lookAtOnly, [Symbol.dispose]() {} };
-  if (settings.list) return { receive: (bytes) => listMembers(bytes, settings), [Symbol.dispose]() {} };
-  return settings.output === undefined ? new StagedTree(settings) : new Tarball(settings.output);
-}
-
-/** A layer is described by its manifest; of a tarball the first bytes show that it is there. */
-async function lookAtOnly(bytes: AsyncIterable<Uint8Array>, layer: LayerInfo | null): Promise<Received> {
-  if (layer === null) { for await (const _ of bytes) break; }
-  return { files: [], skipped: [] };
-}
-
-async function listMembers(bytes: AsyncIterable<Uint8Array>, { choice, onProgress }: Settings): Promise<Received> {
-  const [files, skipped]: [FetchResult["files"], FetchResult["skipped"]] = [[], []];
-  for await (const member of tarMembers(decompress(bytes, "the layer"), choice)) {
-    const { kind, path } = member;
-    if (kind === "skipped") skipped.push({ path, reason: member.reason });
-    if (kind === "skipped" || kind === "directory") continue;
-    let size = 0;
-    if (kind === "file") { for await (const chunk of member.body) size += chunk.length; }
-    files.push({ path, size });
-    onProgress({ type: "member", path, size });
-  }
-  return { files, skipped };
-}
-
-/** What a dead run left behind is known by its lock, which the kernel took away; what a living run has is left alone. */
-function sweep(directory: string, prefix: string): void {
-  for (const name of fs.readdirSync(directory)) {
-    if (!name.startsWith(prefix) || !/^\d+-[0-9a-f]{8}$/.test(name.slice(prefix.length))) continue;
-    const path = join(directory, name);
-    const stat = fs.statSync(path, { throwIfNoEntry: false });
-    if (stat === undefined) continue;
-    const lock = tryLock(stat.isDirectory() ? join(path, LOCK_NAME) : path, "existing");
-    if (lock === "locked" || lock === "missing" && Date.now() - stat.mtimeMs < YOUNG_MS) continue;
-    fs.rmSync(path, { recursive: true, force: true });
-    if (typeof lock === "object") lock.close();
-  }
-}
-
-/** Opens a file and takes its lock, which lasts as long as the file is open. Locks hold between containers, too. */
-function tryLock(path: string, which: "existing" | "any"): Deno.FsFile | "locked" | "missing" {
-  if (which === "existing" && !fs.existsSync(path)) return "missing";
-  const file = Deno.openSync(path, { read: true, write: true, create: which === "any" });
-  if (file.tryLockSync(true)) return file;
-  file.close();
-  return "locked";
-}
-
-/** The tree of an archive, on DEST's file system and out of sight until it is published. */
-class StagedTree implements Target {
-  readonly #dest: string;
-  readonly #settings: Settings;
-  readonly #root: string;
-  readonly #tree: string;
-  /** The topmost directory that had to be made for the staging directory, if any. */
-  readonly #made: string | undefined;
-  readonly #lock: Deno.FsFile | undefined;
-  /** Whether staging is beside DEST, which then comes to be by one rename, or in it. */
-  readonly #isBeside: boolean;
-  #isPublished = false;
-
-  constructor(settings: Settings) {
-    const { dest, clean } = settings;
-    const exists = onDisk("use", dest, () => {
-      const stat = fs.statSync(dest, { throwIfNoEntry: false });
-      if (stat !== undefined && !stat.isDirectory()) throw occupied(dest, "it is no directory");
-      return stat !== undefined;
-    });
-    [this.#dest, this.#settings] = [dest, settings];
-    this.#isBeside = !exists || clean === true && onDisk("use", dest, () => canBeSwapped(dest));
-    const [place, name] = this.#isBeside ? [dirname(dest), basename(dest)] : [dest, ""];
-    this.#root = join(place, stagingName(name));
-    this.#tree = join(this.#root, "new");
-    this.#made = onDisk("create", dest, () => fs.mkdirSync(place, { recursive: true }));
-    onDisk("clean up", place, () => sweep(place, stagingPrefix(name)));
-    onDisk("create", this.#root, () => fs.mkdirSync(this.#root));
-    onDisk("create", this.#tree, () => fs.mkdirSync(this.#tree));
-    this.#lock = onDisk("lock", this.#root, () => lockNew(join(this.#root, LOCK_NAME)));
-  }
-
-  async receive(bytes: AsyncIterable<Uint8Array>, layer: LayerInfo | null): Promise<Received> {
-    const { choice, unpin, workerUrl } = this.#settings;
-    const url = (layer?.size ?? 0) < WORKER_FROM_BYTES ? undefined : workerUrl;
-    const order: Order = { tree: this.#tree, choice };
-    const tell = (members: number) => this.#settings.onProgress({ type: "extracted", members });
-    const { entries, skipped } =
-      await (url === undefined ? extractTo(order, { bytes, tell }) : extractInWorker(order, { bytes, url, tell }));
-    if (unpin !== undefined && entries.get(CONSTRAINTS)?.kind === "file") {
-      entries.set(CONSTRAINTS, { kind: "file", size: dropPin(join(this.#tree, CONSTRAINTS), unpin) });
-    }
-    const files = [...entries].filter(([, { kind }]) => kind !== "directory")
-      .map(([path, { size }]) => ({ path, size }));
-    if (files.length === 0) throw noFile(layer, skipped.length);
-    this.#publish(entries);
-    return { files, skipped };
-  }
-
-  #publish(entries: Entries): void {
-    const undo: (() => void)[] = [];
-    try {
-      if (this.#settings.clean && fs.existsSync(this.#dest)) this.#putAside(undo);
-      if (this.#isBeside && this.#renameTree()) return;
-      this.#placeAll(entries, undo);
-    } catch (error) {
-      undo.reverse().forEach((step) => step());
-      throw error;
-    }
-    this.#isPublished = true;
-  }
-
-  /** What `--clean` replaces: DEST as a whole where that can be renamed, else all that is in it but staging. */
-  #putAside(undo: (() => void)[]): void {
-    const old = join(this.#root, "old");
-    const move = (from: string, to: string) => {
-      onDisk("replace", from, () => fs.renameSync(from, to));
-      undo.push(() => fs.renameSync(to, from));
-    };
-    if (this.#isBeside) return move(this.#dest, old);
-    onDisk("create", old, () => fs.mkdirSync(old));
-    const names = onDisk("read", this.#dest, () => fs.readdirSync(this.#dest));
-    const others = names.filter((name) => !name.startsWith(stagingPrefix("")));
-    others.forEach((name) => move(join(this.#dest, name), join(old, name)));
-  }
-
-  #placeAll(entries: Entries, undo: (() => void)[]): void {
-    const order = ([path, { kind }]: [string, { kind: string }]) =>
-      kind === "directory" ? 0 : path.endsWith(".txt") ? 2 : 1;
-    // Constraints last: what reads them may then count on the wheels.
-    for (const [path, { kind }] of [...entries].sort((a, b) => order(a) - order(b))) {
-      const target = join(this.#dest, path);
-      onDisk("publish", target, () => undo.push(this.#place(path, target, kind === "directory")));
-    }
-  }
-
-  /** The quick way, where DEST is not there: one rename. False if it is there by now. */
-  #renameTree(): boolean {
-    try {
-      fs.renameSync(this.#tree, this.#dest);
-      return this.#isPublished = true;
-    } catch (error) {
-      if (["EEXIST", "ENOTEMPTY"].includes((error as NodeJS.ErrnoException).code ?? "")) return false;
-      throw diskError("publish", this.#dest, error);
-    }
-  }
-
-  /** Moves one entry into place, and returns what takes it back. */
-  #place(path: string, target: string, isDirectory: boolean): () => void {
-    const staged = join(this.#tree, path);
-    const there = fs.lstatSync(target, { throwIfNoEntry: false });
-    if (isDirectory) {
-      if (there?.isSymbolicLink()) throw unsafe(path, `${quote(target)} is a symbolic link`);
-      if (there !== undefined && !there.isDirectory()) throw occupied(target, "it is no directory");
-      if (there !== undefined) return () => {};
-      fs.mkdirSync(target);
-      fs.chmodSync(target, fs.statSync(staged).mode & 0o777);
-      return () => fs.rmdirSync(target);
-    }
-    if (there?.isDirectory()) throw occupied(target, "it is a directory");
-    if (there === undefined) {
-      fs.renameSync(staged, target);
-      return () => fs.unlinkSync(target);
-    }
-    const backup = join(this.#root, `old-${path.replaceAll("/", "-").slice(-100)}-${crypto.randomUUID()}`);
-    fs.renameSync(target, backup);
-    try {
-      fs.renameSync(staged, target);
-    } catch (error) {
-      fs.renameSync(backup, target);
-      throw error;
-    }
-    return () => fs.renameSync(backup, target);
-  }
-
-  [Symbol.dispose](): void {
-    onDisk("remove", this.#root, () => fs.rmSync(this.#root, { recursive: true, force: true }));
-    this.#lock?.close();
-    if (this.#isPublished || this.#made === undefined) return;
-    for (let made = dirname(this.#root); made.startsWith(this.#made); made = dirname(made)) {
-      if (fs.readdirSync(made).length > 0) return;
-      onDisk("remove", made, () => fs.rmdirSync(made));
-    }
-  }
-}
-
-/** Neither a link nor a mount point, in a directory that may be written to: one rename can take it away. */
-function canBeSwapped(dest: string): boolean {
-  const [there, parent] = [fs.lstatSync(dest), fs.statSync(dirname(dest))];
-  if (!there.isDirectory() || there.dev !== parent.dev) return false;
-  try {
-    fs.accessSync(dirname(dest), fs.constants.W_OK);
-    return true;
-  } catch (error) {
-    if (error instanceof Deno.errors.NotCapable || (error as NodeJS.ErrnoException).code === "EACCES") return false;
-    throw error;
-  }
-}
-
-function noFile(layer: LayerInfo | null, skipped: number): FetchWheelsError {
-  const { index = 1, count = 1 } = layer ?? {};
-  const what = `it holds no file to extract${skipped === 0 ? "" : `, ${skipped} of its members being left out`}`;
-  const others = Array.from({ length: count }, (_, at) => at + 1).filter((place) => place !== index);
-  const hint = others.length === 0 ? undefined : `the image's other layers: --layer ${others.join(", --layer ")}`;
-  return new FetchWheelsError("not-found", `Cannot extract layer ${index} of ${count}: ${what}`, { hint });
-}
-
-/** Drops a project's own pin, which would forbid to build any other version of it. Returns the file's new size. */
-function dropPin(file: string, project: string): number {
-  const normalize = (name: string) => name.toLowerCase().replace(/[-_.]+/g, "-"); // PEP 503
-  return onDisk("write", file, () => {
-    const lines = fs.readFileSync(file, "utf8").split("\n");
-    const kept = lines.filter((line) => normalize(/^\s*([\w.-]+)\s*===/.exec(line)?.[1] ?? "") !== normalize(project));
-    const { mode } = fs.statSync(file);
-    fs.unlinkSync(file); // not the contents of whatever may be linked to it
-    fs.writeFileSync(file, kept.join("\n"), { mode });
-    return fs.statSync(file).size;
-  });
-}
-
-/** PEP 427: the last part of a wheel's name says what it runs on, often several times over. */
-function warnOfForeignWheels(files: FetchResult["files"], { platform, onProgress }: Settings): void {
-  const wanted = WHEEL_MACHINES.get(platform.architecture) ?? platform.architecture;
-  const foreign = files.map(({ path }) => posix.basename(path)).filter((name) => {
-    const tags = /^[^-]+-[^-]+(?:-\d[^-]*)?-[^-]+-[^-]+-([^-]+)\.whl$/.exec(name)?.[1]?.split(".") ?? ["any"];
-    return !tags.some((tag) => tag === "any" || new RegExp(`^(?:many|musl)?linux.*_${wanted}$`).test(tag));
-  });
-  if (foreign.length === 0) return;
-  const names = foreign.slice(0, 3).map(quote).join(", ") +
-    (foreign.length > 3 ? ` and ${foreign.length - 3} more` : "");
-  const message = `not for ${formatPlatform(platform)}, so the image is built wrongly: ${names}`;
-  onProgress({ type: "warning", message });
-}
-
-/** Architectures in the names that wheels have for them. */
-const WHEEL_MACHINES = new Map([["amd64", "x86_64"], ["arm64", "aarch64"], ["386", "i686"], ["arm", "armv[67]l"]]);
-
-/** What a writer of trees is told. */
-interface Order {
-  tree: string;
-  choice: Choice;
-}
-
-/** What is in a tree: paths, parents before children. */
-type Entries = Map<string, { kind: "file" | "directory" | "symlink"; size: number }>;
-
-/** What an archive left in a tree, and what it did not. */
+/** What archives left in a tree, by paths, parents before children; and what was skipped. */
 interface Extracted {
-  entries: Entries;
+  entries: Map<string, TreeEntry>;
   skipped: FetchResult["skipped"];
 }
 
-async function extractTo(
-  { tree, choice }: Order,
-  { bytes, tell }: { bytes: AsyncIterable<Uint8Array>; tell: (members: number) => void },
-): Promise<Extracted> {
-  const writer = new TreeWriter(tree);
-  for await (const member of tarMembers(decompress(bytes, "the layer"), choice)) {
-    await writer.add(member);
-    tell(writer.entries.size);
-  }
-  writer.makeSymlinks();
-  return { entries: writer.entries, skipped: writer.skipped };
-}
+type FileMember = Extract<ArchiveMember, { kind: "file" }>;
 
-/** Writes members below a directory that is empty at first, and lets none of them lead out of it. */
-class TreeWriter {
-  readonly #tree: string;
-  readonly entries: Entries = new Map();
-  readonly skipped: FetchResult["skipped"] = [];
+/** Applies the members of one archive after the other, and lets none of them lead out of the tree. */
+class TreeBuilder {
+  readonly #report: (members: number) => void;
+  readonly #root: string | undefined;
+  readonly #umask: number;
+  readonly #entries: Extracted["entries"] = new Map();
+  readonly #skipped: Extracted["skipped"] = [];
   readonly #symlinks = new Map<string, string>();
+  /** Paths in the tree by their paths in the archives, for hard links and whiteouts. */
+  readonly #bySource = new Map<string, string>();
+  #layer = 0;
 
-  constructor(tree: string) {
-    this.#tree = tree;
+  /** `root` is an empty directory; without it, the tree is only a list. */
+  constructor(report: (members: number) => void, root?: string) {
+    this.#report = report;
+    this.#root = root;
+    // The root was created with all permissions, so what it lacks is the umask.
+    this.#umask = root === undefined ? 0 : 0o777 & ~(Deno.statSync(root).mode ?? 0o777);
   }
 
-  async add(member: Member): Promise<void> {
-    const { kind, path } = member;
-    if (kind === "skipped") return void this.skipped.push({ path, reason: member.reason });
-    this.#makeParents(path);
-    const full = join(this.#tree, path);
-    if (kind === "directory") {
-      this.#makeDirectory(path);
-      return onDisk("create", path, () => fs.chmodSync(full, member.mode));
-    }
-    this.#makeRoom(path);
-    switch (kind) {
-      case "file": {
-        const size = await writeMember(full, member);
-        return void this.entries.set(path, { kind, size });
-      }
-      case "hardlink":
-        return this.#linkTo(member.target, path);
-      case "symlink":
-        this.#symlinks.set(path, member.target);
-        return void this.entries.set(path, { kind, size: 0 });
-    }
+  get size(): number {
+    return this.#entries.size;
   }
 
-  #linkTo(name: string, path: string): void {
-    const target = this.entries.get(name);
-    if (target === undefined || target.kind === "directory") {
-      throw integrity("extract", path, `it links to ${quote(name)}, which is no file before it`);
-    }
-    this.entries.set(path, target);
-    const link = this.#symlinks.get(name);
-    if (link !== undefined) this.#symlinks.set(path, link);
-    else onDisk("create", path, () => fs.linkSync(join(this.#tree, name), join(this.#tree, path)));
+  /** Adds an archive, which may replace entries of earlier ones. */
+  async extract(plan: ArchivePlan, bytes: AsyncIterable<Uint8Array>): Promise<void> {
+    this.#layer++;
+    for await (const member of archiveMembers(bytes, plan)) await this.#add(member);
   }
 
-  /** Last of all, so that nothing is ever written through one. */
-  makeSymlinks(): void {
+  /** Adds a file of an artifact. */
+  async addDownload({ path = "", size = 0, descriptor }: Part, bytes: AsyncIterable<Uint8Array>): Promise<void> {
+    const source = bytes[Symbol.asyncIterator]();
+    const read = async () => (await source.next()).value as Uint8Array | undefined;
+    const member = { kind: "file", path, source: path, size, mode: 0o644, mtime: Date.now() / 1000, read } as const;
+    await this.#addFile(member, descriptor?.digest).finally(() => source.return?.());
+  }
+
+  /** Creates the symbolic links last, so that nothing is ever written through one. */
+  finish(): Promise<Extracted> {
     for (const [path, target] of this.#symlinks) {
       assertInside(path, this.#symlinks);
-      onDisk("create", path, () => fs.symlinkSync(target, join(this.#tree, path)));
+      this.#change("create", path, (full) => Deno.symlinkSync(target, full));
+    }
+    return Promise.resolve({ entries: this.#entries, skipped: this.#skipped });
+  }
+
+  stop(): Promise<void> {
+    return Promise.resolve();
+  }
+
+  async #add(member: ArchiveMember): Promise<void> {
+    switch (member.kind) {
+      case "skipped":
+        this.#skipped.push({ path: member.source, reason: member.reason });
+        return;
+      case "whiteout":
+        this.#applyWhiteout(member);
+        this.#skipped.push({ path: member.source, reason: WHITEOUT });
+        return;
+      case "directory":
+        this.#makeParents(member.path);
+        return this.#makeDirectory(member.path, member);
+      case "file":
+        return await this.#addFile(member);
+      case "hard link":
+        return this.#addHardLink(member);
+      case "symbolic link": {
+        const { path, source, target } = member;
+        this.#makeRoom(path);
+        this.#symlinks.set(path, target);
+        this.#set(path, { kind: "symbolic link", size: 0, digest: null, source, layer: this.#layer });
+      }
+    }
+  }
+
+  async #addFile(member: FileMember, digest: string | null = null): Promise<void> {
+    this.#makeRoom(member.path);
+    const size = this.#root === undefined ? member.size : await this.#writeFile(join(this.#root, member.path), member);
+    this.#set(member.path, { kind: "file", size, digest, source: member.source, layer: this.#layer });
+  }
+
+  #set(path: string, entry: TreeEntry): void {
+    this.#entries.set(path, entry);
+    this.#bySource.set(entry.source, path);
+    this.#report(this.size);
+  }
+
+  #addHardLink({ path, source, target }: Extract<ArchiveMember, { kind: "hard link" }>): void {
+    const from = this.#bySource.get(target) ?? "";
+    const entry = this.#entries.get(from);
+    if (entry === undefined || entry.kind === "directory" || from === path) throw this.#linkError(source, target);
+    this.#makeRoom(path);
+    if (!this.#entries.has(from)) throw this.#linkError(source, target); // it was in a directory that had to go
+    const symlink = this.#symlinks.get(from);
+    if (symlink !== undefined) this.#symlinks.set(path, symlink);
+    else this.#change("create", path, (full) => Deno.linkSync(join(this.#root ?? "", from), full));
+    this.#set(path, { ...entry, source, layer: this.#layer });
+  }
+
+  #linkError(source: string, target: string): FetchWheelsError {
+    const what = `Cannot extract ${quote(source)}: it is a hard link to ${quote(target)}`;
+    if (this.#skipped.some(({ path }) => path === target)) {
+      return integrityError(`${what}, which was not selected`, { hint: "select the target as well" });
+    }
+    const hint = "if the target is in a lower layer: --layer all";
+    return integrityError(`${what}, which is not an earlier file in the archive`, { hint });
+  }
+
+  /** Removes what earlier archives put at a path, or below a directory. */
+  #applyWhiteout({ target, isOpaque }: Extract<ArchiveMember, { kind: "whiteout" }>): void {
+    const isRemoved = ({ source, layer }: TreeEntry) =>
+      layer < this.#layer && (!isOpaque && source === target || target === "" || source.startsWith(`${target}/`));
+    const used = new Set<string>();
+    for (const [path, entry] of [...this.#entries].reverse()) {
+      if (isRemoved(entry) && !used.has(path)) this.#drop(path);
+      else used.add(posix.dirname(path));
     }
   }
 
   #makeParents(path: string): void {
     for (let slash = path.indexOf("/"); slash > 0; slash = path.indexOf("/", slash + 1)) {
       const parent = path.slice(0, slash);
-      const there = this.entries.get(parent)?.kind;
-      if (there === "symlink") throw unsafe(path, `it would be written through the symbolic link ${quote(parent)}`);
-      if (there === "file") throw integrity("extract", path, `${quote(parent)} is a file before it`);
-      this.#makeDirectory(parent);
+      const entry = this.#entries.get(parent);
+      if (entry?.kind === "directory") continue;
+      if (entry?.layer === this.#layer) {
+        if (entry.kind === "file") {
+          throw integrityError(`Cannot extract ${quote(path)}: ${quote(parent)} is an earlier file in the archive`);
+        }
+        throw unsafeError(path, `it would be written through the symbolic link ${quote(parent)}`);
+      }
+      this.#makeDirectory(parent, { source: parent, mode: 0o755 });
     }
   }
 
-  #makeDirectory(path: string): void {
-    const there = this.entries.get(path)?.kind;
-    if (there === "directory") return;
-    if (there !== undefined) throw integrity("extract", path, `it is a directory, and a ${there} before`);
-    onDisk("create", path, () => fs.mkdirSync(join(this.#tree, path)));
-    this.entries.set(path, { kind: "directory", size: 0 });
-  }
-
-  /** The last of several members of one name is the one that counts, as for tar. */
-  #makeRoom(path: string): void {
-    const there = this.entries.get(path)?.kind;
-    if (there === "directory") throw integrity("extract", path, "it is no directory, but one before");
-    if (there === "file") onDisk("replace", path, () => fs.unlinkSync(join(this.#tree, path)));
-    this.#symlinks.delete(path);
-    this.entries.delete(path);
-  }
-}
-
-/** What passes between the threads: a directory, batches of bytes, and their end; a word for each batch, and the outcome. */
-type ToWorker = { order: Order } | { batch: Uint8Array<ArrayBuffer>[] } | "end" | "stop";
-type FromWorker = { taken: "a batch"; members: number } | { extracted: Extracted } | {
-  error: Pick<FetchWheelsError, "kind" | "message" | "hint">;
-};
-
-type Outcome = Exclude<FromWorker, { taken: string }>;
-
-/**
- * The same in a thread of its own: Deno inflates on the thread that asks for it, and this one has the network to read and
- * a hash to compute. The worker writes only to the staging directory; what is published is decided here.
- */
-async function extractInWorker(
-  order: Order,
-  { bytes, url, tell }: { bytes: AsyncIterable<Uint8Array>; url: string; tell: (members: number) => void },
-): Promise<Extracted> {
-  const worker = new Worker(url, { type: "module", name: WORKER_NAME });
-  const post = (message: ToWorker, transfer: ArrayBuffer[] = []) => worker.postMessage(message, transfer);
-  const outcome = Promise.withResolvers<Outcome>();
-  let [ahead, isOver, word] = [0, false, Promise.withResolvers<void>()];
-  const over = (how: Outcome) => {
-    isOver = true;
-    outcome.resolve(how);
-  };
-  worker.onmessage = ({ data }: MessageEvent<FromWorker>) => {
-    if ("taken" in data) {
-      ahead--;
-      tell(data.members);
-    } else over(data);
-    word.resolve();
-  };
-  worker.onerror = (event) => {
-    event.preventDefault();
-    over({ error: { kind: "internal", message: `Cannot extract the layer: ${event.message}` } });
-    word.resolve();
-  };
-  try {
-    post({ order });
-    for await (const batch of inBatches(bytes)) {
-      post({ batch }, batch.map(({ buffer }) => buffer));
-      for (ahead++; ahead >= BATCHES_AHEAD && !isOver; word = Promise.withResolvers()) await word.promise;
-      if (isOver) break;
+  #makeDirectory(path: string, { source, mode }: { source: string; mode: number }): void {
+    const entry = this.#entries.get(path);
+    if (entry?.kind === "directory") {
+      entry.layer = this.#layer;
+      return this.#change("create", path, (full) => Deno.chmodSync(full, mode));
     }
-    post("end");
-  } catch (error) {
-    post("stop"); // and not only terminate: a file in the making must not appear after the clean-up
-    throw error;
-  } finally {
-    await outcome.promise;
-    worker.terminate();
-  }
-  const result = await outcome.promise;
-  if ("extracted" in result) return result.extracted;
-  throw new FetchWheelsError(result.error.kind, result.error.message, result.error);
-}
-
-/** A message costs more than the bytes in it, up to some size. */
-async function* inBatches(bytes: AsyncIterable<Uint8Array>): AsyncGenerator<Uint8Array<ArrayBuffer>[]> {
-  let [batch, size]: [Uint8Array<ArrayBuffer>[], number] = [[], 0];
-  for await (const chunk of bytes) {
-    // A buffer that is shared cannot be handed over.
-    const isOwn = chunk.buffer instanceof ArrayBuffer && chunk.byteLength === chunk.buffer.byteLength;
-    batch.push((isOwn ? chunk : chunk.slice()) as Uint8Array<ArrayBuffer>);
-    if ((size += chunk.length) < BATCH_BYTES) continue;
-    yield batch;
-    [batch, size] = [[], 0];
-  }
-  if (batch.length > 0) yield batch;
-}
-
-/** The other end. */
-async function serveExtraction(): Promise<void> {
-  const port = globalThis as unknown as Worker;
-  const { readable, writable } = new TransformStream<ToWorker, ToWorker>();
-  const writer = writable.getWriter();
-  port.onmessage = ({ data }: MessageEvent<ToWorker>) => void writer.write(data);
-  const reader = readable.getReader();
-  const next = async () => (await reader.read()).value ?? "stop";
-  let members = 0;
-
-  async function* received(): AsyncGenerator<Uint8Array> {
-    for (let message = await next(); message !== "end"; message = await next()) {
-      if (typeof message === "string" || !("batch" in message)) throw new DOMException("stopped", "AbortError");
-      yield* message.batch;
-      port.postMessage({ taken: "a batch", members });
+    if (entry?.layer === this.#layer) {
+      throw integrityError(`Cannot extract ${quote(path)}: it is a directory, but it was a ${entry.kind} before`);
     }
-  }
-  const first = await next();
-  if (typeof first === "string" || !("order" in first)) return;
-  try {
-    const tell = (number: number) => void (members = number);
-    port.postMessage({ extracted: await extractTo(first.order, { bytes: received(), tell }) });
-  } catch (thrown) {
-    const error = explain(thrown);
-    const [kind, hint] = error instanceof FetchWheelsError ? [error.kind, error.hint] : ["internal" as const];
-    port.postMessage({ error: { kind, message: (error as Error).message, hint } });
-  }
-}
-
-async function writeMember(full: string, { path, body, mode, mtime }: Member & { kind: "file" }): Promise<number> {
-  let size = 0;
-  // Synchronous, for it is much the faster way to write thousands of small files.
-  const file = onDisk("create", path, () => fs.openSync(full, "wx", mode));
-  const output = { writeSync: (bytes: Uint8Array) => fs.writeSync(file, bytes) };
-  try {
-    for await (const chunk of body) {
-      onDisk("write", path, () => writeAll(output, chunk));
-      size += chunk.length;
-    }
-    onDisk("write", path, () => {
-      fs.fchmodSync(file, mode); // what was given to open is subject to the umask
-      if (mtime !== undefined && Number.isFinite(mtime.getTime())) fs.futimesSync(file, mtime, mtime);
+    if (entry !== undefined) this.#drop(path);
+    this.#change("create", path, (full) => {
+      Deno.mkdirSync(full, { mode });
+      if (mode & this.#umask) Deno.chmodSync(full, mode);
     });
-  } finally {
-    fs.closeSync(file);
+    this.#set(path, { kind: "directory", size: 0, digest: null, source, layer: this.#layer });
   }
-  return size;
+
+  /** Makes the parents, and removes what is at the path: of several members of one name, the last one wins. */
+  #makeRoom(path: string): void {
+    this.#makeParents(path);
+    const entry = this.#entries.get(path);
+    if (entry?.kind === "directory") {
+      if (entry.layer === this.#layer) {
+        throw integrityError(`Cannot extract ${quote(path)}: it is not a directory, but it was one before`);
+      }
+      for (const other of [...this.#entries.keys()].reverse()) if (other.startsWith(`${path}/`)) this.#drop(other);
+    }
+    if (entry !== undefined) this.#drop(path);
+  }
+
+  #drop(path: string): void {
+    const source = this.#entries.get(path)?.source ?? "";
+    if (!this.#symlinks.delete(path)) this.#change("replace", path, (full) => Deno.removeSync(full));
+    this.#entries.delete(path);
+    if (this.#bySource.get(source) === path) this.#bySource.delete(source);
+  }
+
+  /** Changes the disk, synchronously, which is much faster for thousands of small files. Does nothing for a list. */
+  #change(action: string, path: string, change: (full: string) => void): void {
+    const root = this.#root;
+    if (root !== undefined) onDisk(action, path, () => change(join(root, path)));
+  }
+
+  async #writeFile(full: string, { path, mode, mtime, read }: FileMember): Promise<number> {
+    using file = onDisk("create", path, () => Deno.openSync(full, { write: true, createNew: true, mode }));
+    let size = 0;
+    for (let part = await read(); part !== undefined; part = await read()) {
+      const bytes = part;
+      onDisk("write", path, () => writeAll(file, bytes));
+      size += bytes.length;
+    }
+    const seconds = Math.min(Math.max(mtime, -MAX_MTIME_SECONDS), MAX_MTIME_SECONDS);
+    onDisk("write", path, () => {
+      if (mode & this.#umask) Deno.chmodSync(full, mode);
+      file.utimeSync(seconds, seconds);
+    });
+    return size;
+  }
 }
 
-function writeAll(file: { writeSync(bytes: Uint8Array): number }, bytes: Uint8Array): void {
-  for (let written = 0; written < bytes.length;) written += file.writeSync(bytes.subarray(written));
-}
-
-function lockNew(path: string): Deno.FsFile {
-  const file = Deno.openSync(path, { read: true, write: true, createNew: true });
-  file.lockSync(true);
-  return file;
-}
-
-/** Walks a link's target as the kernel would, through the archive's other links, and refuses to leave the root. */
+/** Walks a link's target as the kernel would, through the tree's other links, and refuses to leave the tree. */
 function assertInside(path: string, symlinks: Map<string, string>): void {
   const place = path.split("/").slice(0, -1);
   const todo = [symlinks.get(path) ?? ""];
   for (let links = 1; todo.length > 0;) {
     const text = todo.pop() ?? "";
-    if (text.startsWith("/")) throw unsafe(path, `it links to the absolute path ${quote(text)}`);
+    if (text.startsWith("/")) throw unsafeError(path, `it is a symbolic link to the absolute path ${quote(text)}`);
     const [component = "", ...rest] = text.split("/");
     if (rest.length > 0) todo.push(rest.join("/").replace(/^\/+/, ""));
     if (component === "" || component === ".") continue;
     if (component !== "..") place.push(component);
-    else if (place.pop() === undefined) throw unsafe(path, `it links to ${quote(symlinks.get(path) ?? "")}, outside`);
+    else if (place.pop() === undefined) {
+      throw unsafeError(path, `it is a symbolic link to ${quote(symlinks.get(path) ?? "")}, which is outside`);
+    }
     const next = component === ".." ? undefined : symlinks.get(place.join("/"));
     if (next === undefined) continue;
-    if (++links > MAX_LINKS) throw unsafe(path, "its links go round in a circle");
+    if (++links > MAX_LINKS) throw unsafeError(path, "its symbolic links form a loop");
     place.pop();
     todo.push(next);
   }
 }
 
-/** A tarball as it is: a file that appears when it is whole, or a stream. */
-class Tarball implements Target {
-  readonly #output: string | WritableStream<Uint8Array>;
-  readonly #staged: string | undefined;
-  #file: Deno.FsFile | undefined;
+/** To the worker, which answers each message in turn: an archive of a tree, batches of its bytes, and their end. */
+type ToWorker =
+  | { root: string; plan: ArchivePlan }
+  | { batch: Uint8Array<ArrayBuffer>[] }
+  | "end of archive"
+  | "finish"
+  | "stop";
 
-  constructor(output: string | WritableStream<Uint8Array>) {
-    this.#output = output;
-    if (typeof output !== "string") return;
-    const there = onDisk("use", output, () => fs.statSync(output, { throwIfNoEntry: false }));
-    // A link stays one, and its target is what is replaced.
-    const file = there?.isFile() ? onDisk("use", output, () => fs.realpathSync(output)) : output;
-    this.#output = file;
-    if (there?.isDirectory()) throw occupied(file, "it is a directory");
-    // A device or a pipe must be written to, not replaced.
-    if (there === undefined || there.isFile()) this.#staged = join(dirname(file), stagingName(basename(file)));
-    onDisk("write", file, () => {
-      if (this.#staged) sweep(dirname(file), stagingPrefix(basename(file)));
-      this.#file = this.#staged ? lockNew(this.#staged) : Deno.openSync(file, { write: true });
-    });
+type FromWorker = { members: number } | { extracted: Extracted } | { error: ReturnType<typeof describeError> };
+
+/**
+ * A `TreeBuilder` in a thread of its own: the decoder is synchronous, and this thread has the network to read and a hash
+ * to compute. The worker writes only to the staging directory; what is published is decided here.
+ */
+class WorkerTreeBuilder {
+  readonly #root: string;
+  readonly #report: (members: number) => void;
+  readonly #worker: Worker;
+  readonly #calls: PromiseWithResolvers<FromWorker>[] = [];
+  readonly #failed = new AbortController();
+  readonly #ended = Promise.withResolvers<void>();
+
+  constructor(report: (members: number) => void, { root, url }: { root: string; url: string }) {
+    this.#root = root;
+    this.#report = report;
+    this.#worker = new Worker(url, { type: "module", name: WORKER_NAME });
+    this.#worker.onmessage = ({ data }: MessageEvent<FromWorker>) => this.#receive(data);
+    this.#worker.onerror = (event) => {
+      event.preventDefault();
+      const message = `Cannot extract in a worker: ${event.message}`;
+      this.#receive({ error: { kind: "internal", message, hint: null } });
+    };
   }
 
-  async receive(bytes: AsyncIterable<Uint8Array>): Promise<Received> {
-    const output = this.#output;
-    if (typeof output !== "string") {
-      await ReadableStream.from(bytes).pipeTo(output, { preventClose: true }).catch((error) => {
-        throw diskError("write", "stdout", error);
-      });
-      return { files: [], skipped: [] };
+  async extract(plan: ArchivePlan, bytes: AsyncIterable<Uint8Array>): Promise<void> {
+    await this.#call({ root: this.#root, plan });
+    const pending: Promise<FromWorker>[] = [];
+    for await (const batch of inBatches(interruptible(bytes, this.#failed.signal))) {
+      pending.push(this.#call({ batch }, batch.map(({ buffer }) => buffer)));
+      if (pending.length >= MAX_PENDING_BATCHES) await pending.shift();
     }
-    for await (const chunk of bytes) onDisk("write", output, () => this.#file && writeAll(this.#file, chunk));
-    const staged = this.#staged;
-    if (staged !== undefined) onDisk("publish", output, () => fs.renameSync(staged, output));
-    return { files: [], skipped: [] };
+    await this.#call("end of archive");
   }
 
-  [Symbol.dispose](): void {
-    const staged = this.#staged;
-    if (staged !== undefined) onDisk("remove", staged, () => fs.rmSync(staged, { force: true }));
-    this.#file?.close();
+  async finish(): Promise<Extracted> {
+    const answer = await this.#call("finish");
+    return "extracted" in answer ? answer.extracted : { entries: new Map(), skipped: [] };
+  }
+
+  /** Ends the work, so that no file appears later. */
+  async stop(): Promise<void> {
+    this.#worker.postMessage("stop");
+    const timer = setTimeout(this.#ended.resolve, SHUTDOWN_MS / 2);
+    await this.#ended.promise;
+    clearTimeout(timer);
+    this.#worker.terminate();
+  }
+
+  #call(message: ToWorker, transfer: ArrayBuffer[] = []): Promise<FromWorker> {
+    const call = Promise.withResolvers<FromWorker>();
+    this.#calls.push(call);
+    this.#worker.postMessage(message, transfer);
+    const answer = untilAborted(call.promise, this.#failed.signal);
+    answer.catch(() => {}); // of several calls that fail, only one is awaited
+    return answer;
+  }
+
+  #receive(message: FromWorker): void {
+    if ("error" in message) {
+      const { kind, message: text, hint } = message.error;
+      this.#failed.abort(new FetchWheelsError(kind, text, { hint: hint ?? undefined }));
+    } else this.#calls.shift()?.resolve(message);
+    if ("members" in message) this.#report(message.members);
+    else this.#ended.resolve();
   }
 }
 
-/** Hidden, so that nobody takes it for a wheel. */
+/** A message costs as much as some hundred kilobytes in it, so chunks are sent in batches. */
+async function* inBatches(bytes: AsyncIterable<Uint8Array>): AsyncGenerator<Uint8Array<ArrayBuffer>[]> {
+  let batch: Uint8Array<ArrayBuffer>[] = [];
+  let size = 0;
+  for await (const chunk of bytes) {
+    // The buffer of a small part of it is not worth sending, and one that is shared cannot be handed over.
+    const isOwn = chunk.buffer instanceof ArrayBuffer && chunk.byteLength > chunk.buffer.byteLength / 2;
+    batch.push((isOwn ? chunk : chunk.slice()) as Uint8Array<ArrayBuffer>);
+    size += chunk.length;
+    if (size < BATCH_BYTES) continue;
+    yield batch;
+    batch = [];
+    size = 0;
+  }
+  if (batch.length > 0) yield batch;
+}
+
+/** The worker's side. */
+async function serveExtraction(): Promise<void> {
+  const port = globalThis as unknown as Worker;
+  const inbox = new ReadableStream<ToWorker>({
+    start: (controller) => void (port.onmessage = ({ data }) => controller.enqueue(data)),
+  }).getReader();
+  const post = (answer: FromWorker) => port.postMessage(answer);
+  let builder: TreeBuilder | undefined;
+
+  async function take(): Promise<Exclude<ToWorker, "stop">> {
+    const { value = "stop" } = await inbox.read();
+    if (value === "stop") throw new FetchWheelsError("internal", "Cannot extract: stopped");
+    return value;
+  }
+
+  async function* batches(): AsyncGenerator<Uint8Array> {
+    for (let message = await take(); typeof message === "object" && "batch" in message; message = await take()) {
+      for (const chunk of message.batch) {
+        yield chunk;
+        chunk.buffer.transfer(0); // frees the memory at once; the garbage collector would take its time
+      }
+      post({ members: builder?.size ?? 0 });
+    }
+  }
+
+  try {
+    for (let message = await take(); typeof message === "object" && "plan" in message; message = await take()) {
+      builder ??= new TreeBuilder(() => {}, message.root);
+      post({ members: builder.size });
+      await builder.extract(message.plan, batches());
+      post({ members: builder.size });
+    }
+    if (builder !== undefined) post({ extracted: await builder.finish() });
+  } catch (error) {
+    post({ error: describeError(toPublicError(error)) });
+  }
+}
+
+function isWorker(): boolean {
+  return (globalThis as { name?: string }).name === WORKER_NAME;
+}
+
+/** Drops a project's own pin, which would forbid building any other version of it. Returns the file's new size. */
+function dropPin(file: string, project: string): number {
+  const normalize = (name = "") => name.toLowerCase().replace(/[-_.]+/g, "-"); // PEP 503
+  return onDisk("write", file, () => {
+    const lines = fs.readFileSync(file, "utf8").split("\n");
+    const kept = lines.filter((line) => normalize(/^\s*([\w.-]+)\s*===/.exec(line)?.[1]) !== normalize(project));
+    const { mode } = fs.statSync(file);
+    fs.unlinkSync(file); // another name may be linked to the same file
+    fs.writeFileSync(file, kept.join("\n"), { mode });
+    return fs.statSync(file).size;
+  });
+}
+
+/** Warns if there are no wheels, or wheels that do not run on the platform: the last part of their names says (PEP 427). */
+function warnOfUnusableWheels(
+  files: FileInfo[],
+  layers: LayerInfo[],
+  { dryRun, output, filter, platform, report }: Settings,
+): void {
+  if (dryRun || output !== undefined) return;
+  const warn = (message: string) => report({ type: "warning", message });
+  const wheels = files.map(({ path }) => posix.basename(path)).filter((name) => name.toLowerCase().endsWith(".whl"));
+  if (wheels.length === 0) {
+    const [layer] = layers;
+    const hasOthers = layer !== undefined && layer.count > layers.length && filter.include.length === 0;
+    if (!hasOthers) return warn("no wheels found");
+    return warn(`no wheels found in layer ${layer.index} of ${layer.count}; --layer all extracts every layer`);
+  }
+  const foreign = wheels.filter((name) => !isWheelFor(name, platform));
+  if (foreign.length === 0) return;
+  const more = foreign.length > 3 ? ` and ${foreign.length - 3} more` : "";
+  const doubt = layers.length > 0 ? " (wrong image?)" : "";
+  warn(`wheels not built for ${formatPlatform(platform)}${doubt}: ${foreign.slice(0, 3).map(quote).join(", ")}${more}`);
+}
+
+/** Patterns of the architectures that wheels call by other names. */
+const WHEEL_MACHINES = new Map([
+  ["amd64", "(?:x86_64|amd64)"],
+  ["arm64", "(?:aarch64|arm64)"],
+  ["386", "i[3-6]86"],
+  ["arm", "arm(?:v\\d\\w*)?"],
+  ["loong64", "loongarch64"],
+  ["mips64le", "mips64(?:el|le)?"],
+  ["mipsle", "mips(?:el|le)?"],
+]);
+
+function isWheelFor(name: string, { os, architecture, variant = "v7" }: Platform): boolean {
+  const [, tags] = /^[^-]+-[^-]+(?:-\d[^-]*)?-[^-]+-[^-]+-([^-]+)\.whl$/i.exec(name.toLowerCase()) ?? [];
+  if (tags === undefined) return true;
+  const system = os === "windows" ? "win" : os === "darwin" ? "macosx" : "(?:(?:many|musl)?linux|android)";
+  const pattern = new RegExp(`^${system}(?:_|\\d).*?${WHEEL_MACHINES.get(architecture) ?? architecture}$`);
+  return tags.split(".").some((tag) => {
+    if (tag === "any" || os === "windows" && tag === "win32" && architecture === "386") return true;
+    if (os === "darwin" && /^macosx_.*_(?:universal2?|fat\d*|intel)$/.test(tag)) return true;
+    // armv8l is a processor of version 8 in 32-bit mode, which is version 7.
+    const level = Math.min(7, Number(/armv(\d)/.exec(tag)?.[1] ?? 0));
+    return pattern.test(tag) && (architecture !== "arm" || level <= Number(variant.slice(1)));
+  });
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 10 Publish: everything is written to a staging directory, and moved into place once all of it is known to be right.
+// ---------------------------------------------------------------------------------------------------------------------
+
+/** What a target receives: parts, base first, and the means to read them. */
+interface Delivery {
+  parts: Part[];
+  open: (part: Part) => AsyncIterable<Uint8Array>;
+  /** The source, for messages. */
+  label: string;
+  meter: ByteMeter;
+}
+
+type Received = Pick<FetchResult, "files" | "skipped">;
+
+/** Where the bytes go. Disposing of it removes whatever was not published. */
+interface Target extends Disposable {
+  receive(delivery: Delivery): Promise<Received>;
+}
+
+function openTarget(settings: Settings): Target {
+  const { output, dest, clean, env } = settings;
+  if (clean && output === undefined) assertCleanable(dest, env("HOME"));
+  if (settings.dryRun) return { receive: (delivery) => previewOnly(delivery, settings), [Symbol.dispose]() {} };
+  if (settings.list) return { receive: (delivery) => listMembers(delivery, settings), [Symbol.dispose]() {} };
+  if (output === undefined) return stagedTree(settings);
+  const stat = typeof output === "string" ? onDisk("use", output, () => statIfExists(output)) : undefined;
+  if (stat?.isDirectory()) throw ioError(`Cannot write ${quote(String(output))}: it is a directory`);
+  if (typeof output === "string" && (stat === undefined || stat.isFile())) return stagedFile(output, settings.report);
+  return { receive: (delivery) => streamTarball(delivery, output, settings.signal), [Symbol.dispose]() {} };
+}
+
+/** `--clean` must not take away more than a directory of wheels. */
+function assertCleanable(dest: string, home: string | undefined): void {
+  const real = (path: string) => onDisk("use", path, () => fs.existsSync(path) ? fs.realpathSync(path) : path);
+  const path = real(dest);
+  const working = real(process.cwd());
+  const states = new Map([[working, "the working directory"], ["/", "the root directory"]]);
+  if (home) states.set(real(home), "the home directory");
+  const state = states.get(path) ?? (working.startsWith(`${path}/`) ? "a parent of the working directory" : undefined);
+  if (state === undefined) return;
+  const message = `Cannot clean ${quote(dest)}: it is ${state}`;
+  throw new FetchWheelsError("unsafe", message, { hint: "choose another --dest" });
+}
+
+/** An image has been resolved by its manifest; of a tarball, the first bytes show that it exists. */
+async function previewOnly({ parts, open }: Delivery, { dest, clean, report }: Settings): Promise<Received> {
+  for (const part of parts.filter(({ descriptor }) => descriptor === undefined)) {
+    for await (const _ of open(part)) break;
+  }
+  const names = clean && fs.existsSync(dest) ? onDisk("read", dest, () => fs.readdirSync(dest)) : [];
+  const more = names.length > 5 ? `, and ${names.length - 5} more` : "";
+  const message = `--clean would remove from ${quote(dest)}: ${names.slice(0, 5).map(quote).join(", ")}${more}`;
+  if (names.length > 0) report({ type: "warning", message });
+  return { files: [], skipped: parts.flatMap(({ skipped = [] }) => skipped) };
+}
+
+/** Builds the tree without a disk. An artifact's files are listed from its manifest, without a download. */
+async function listMembers({ parts, open, meter }: Delivery, { filter }: Settings): Promise<Received> {
+  const builder = new TreeBuilder((members) => meter.extracted(members));
+  const titled: FileInfo[] = [];
+  for (const part of parts) {
+    const { path = part.directory, descriptor, size = 0 } = part;
+    if (path === undefined) await builder.extract({ ...part, filter }, open(part));
+    else titled.push({ path, size, digest: descriptor?.digest ?? null });
+  }
+  const { files, skipped } = describeTree(await builder.finish(), parts);
+  return { files: [...files, ...titled], skipped };
+}
+
+function describeTree({ entries, skipped }: Extracted, parts: Part[]): Received {
+  const files = [...entries].filter(([, { kind }]) => kind !== "directory");
+  return {
+    files: files.map(([path, { size, digest }]) => ({ path, size, digest })),
+    skipped: [...parts.flatMap(({ skipped = [] }) => skipped), ...skipped],
+  };
+}
+
+function noMatchError(
+  what: string,
+  { skipped, filter, hint }: { skipped: number; filter: FilterOptions; hint?: string },
+): FetchWheelsError {
+  const files = skipped === 0 ? "" : ` (${plural(skipped, "file")} skipped)`;
+  const include = filter.include.map((glob) => `--include ${quote(glob)}`).join(" ");
+  const state = include !== "" && skipped > 0 ? `nothing matched ${include}` : "it has no file to extract";
+  return notFoundError(`Cannot extract ${what}: ${state}${files}`, { hint });
+}
+
+/**
+ * Locks an open file, for as long as it is open. Locks hold between containers, too. Returns whether the lock is ours;
+ * undefined if the file system has no locks.
+ */
+function tryLock(file: Deno.FsFile): boolean | undefined {
+  try {
+    return file.tryLockSync(true);
+  } catch (error) {
+    const isUnsupported = ["ENOSYS", "ENOLCK", "EOPNOTSUPP", "ENOTSUP"].includes(errorCode(error) ?? "");
+    if (isUnsupported || error instanceof Deno.errors.NotSupported) return undefined;
+    throw error;
+  }
+}
+
+/** A directory that does not exist or may not be listed has no names. */
+function namesIn(directory: string): string[] {
+  try {
+    return fs.readdirSync(directory);
+  } catch (error) {
+    if (["ENOENT", "ENOTDIR", "EACCES"].includes(errorCode(error) ?? "")) return [];
+    throw error;
+  }
+}
+
+/** Hidden, so that nobody takes it for a wheel. A long name is replaced by its hash, because names have 255 bytes. */
+function stagingPrefix(name: string): string {
+  const short = Buffer.byteLength(name) <= 150 ? name : digestOf(Buffer.from(name), "sha256").slice(7, 39);
+  return `.${short}${short && "."}fetch_wheels-`;
+}
+
 function stagingName(name: string): string {
   return `${stagingPrefix(name)}${process.pid}-${crypto.randomUUID().slice(0, 8)}`;
 }
 
-function stagingPrefix(name: string): string {
-  return `.${name}${name && "."}fetch_wheels-`;
+/** Removes a file or a directory. Takes one file descriptor at a time, and none if it is empty: there may be no more. */
+function removeTree(path: string): void {
+  const stat = lstatIfExists(path);
+  if (stat === undefined) return;
+  if (!stat.isDirectory()) return fs.unlinkSync(path);
+  if (isDone(() => fs.rmdirSync(path))) return;
+  for (const name of fs.readdirSync(path)) removeTree(join(path, name));
+  fs.rmdirSync(path);
 }
 
-function occupied(path: string, state: string): FetchWheelsError {
-  return new FetchWheelsError("io", `Cannot write ${quote(path)}: ${state}`);
+function lstatIfExists(path: string): fs.Stats | undefined {
+  return fs.lstatSync(path, { throwIfNoEntry: false });
 }
 
-function onDisk<T>(action: string, path: string, body: () => T): T {
-  try {
-    return body();
-  } catch (error) {
-    throw diskError(action, path, error);
-  }
-}
+/** Where staging directories of a target may be: a directory, and the name in it that they stand for. */
+type StagingPlace = [directory: string, name: string];
 
-function diskError(action: string, path: string, error: unknown): unknown {
-  const { code, message } = error as NodeJS.ErrnoException;
-  if (error instanceof FetchWheelsError || error instanceof Deno.errors.NotCapable || code === undefined) return error;
-  const state = DISK_STATES[code] ?? message;
-  return new FetchWheelsError("io", `Cannot ${action} ${quote(path)}: ${state}`, { cause: error });
-}
+/** A hidden directory, locked while this run lives. Disposing of it removes it. */
+class StagingDirectory implements Disposable {
+  readonly path: string;
+  readonly #report: Report;
+  #lock: Deno.FsFile | undefined;
+  /** The first of the directories above it that had to be created. */
+  #made: string | undefined;
 
-const DISK_STATES: Record<string, string> = {
-  ENOSPC: "no space is left on the disk",
-  EDQUOT: "the disk quota is used up",
-  EACCES: "permission denied",
-  EPERM: "permission denied",
-  EROFS: "the file system is read-only",
-  EISDIR: "it is a directory",
-  ENOTDIR: "a part of its path is no directory",
-  ENOENT: "no such file or directory",
-  EEXIST: "it is there already",
-  EPIPE: "its reader has gone away",
-  ENAMETOOLONG: "the name is too long",
-};
-
-// ---------------------------------------------------------------------------------------------------------------------
-// 9 Sources: the same bytes from a registry, a URL, a file, an OCI layout or an archive.
-// ---------------------------------------------------------------------------------------------------------------------
-
-/** What a source's text means. */
-type Source =
-  | { kind: "image"; image: ImageReference }
-  | { kind: "url"; url: URL }
-  | { kind: "file"; path: string }
-  | { kind: "oci" | "oci-archive" | "docker-archive"; text: string; path: string; tag?: string };
-
-function parseSource(text: string): Source {
-  if (/^https?:\/\//i.test(text)) {
-    if (!URL.canParse(text)) throw usage("parse URL", withoutSecrets(text.split("?")[0] ?? ""), "it is none");
-    return { kind: "url", url: new URL(text) };
-  }
-  if (/^\.{0,2}\//.test(text)) return { kind: "file", path: text };
-  const [, kind, path, tag] = /^(oci|oci-archive|docker-archive):(.+?)(?::([^/:]+))?$/s.exec(text) ?? [];
-  if (kind === "docker-archive") return { kind, text, path: text.slice(kind.length + 1) };
-  if (path !== undefined && (kind === "oci" || kind === "oci-archive")) return { kind, text, path, tag };
-  return { kind: "image", image: parseImageReference(text) };
-}
-
-/** Bytes on their way, and all that is known about them. */
-interface OpenedSource extends Pick<FetchResult, "image" | "platform" | "manifest" | "layer"> {
-  bytes: AsyncIterable<Uint8Array>;
-}
-
-async function openSource(source: Source, settings: Settings): Promise<OpenedSource> {
-  switch (source.kind) {
-    case "image":
-      return await openImage(source.image, settings);
-    case "url":
-      return { ...NO_IMAGE, bytes: await openUrl(source.url, settings) };
-    case "file":
-      return { ...NO_IMAGE, bytes: openFile(source.path) };
-    default:
-      return await openLayout(source, settings);
-  }
-}
-
-const NO_IMAGE = { image: null, platform: null, manifest: null, layer: null };
-
-async function openImage(image: ImageReference, settings: Settings): Promise<OpenedSource> {
-  const registries = openRegistries(image, settings);
-  const { manifest, platform, layer, info } = await resolveLayer(image, registries, settings);
-  const fetchFrom = (at: number) => blobBytes(layer, { registries, settings, at });
-  const { registry: host, repository, tag = null, digest = null } = image;
-  return {
-    image: { registry: host, repository, tag, digest },
-    platform,
-    manifest: { digest: manifest.digest, mediaType: manifest.mediaType },
-    layer: info,
-    bytes: settings.cache === undefined ? verified(fetchFrom(0), layer) : throughCache(layer, { settings, fetchFrom }),
-  };
-}
-
-/** The same for every image, wherever it lies: from its name to the layer that is wanted. */
-async function resolveLayer(image: ImageReference, registries: Registry[], settings: Settings) {
-  const { manifest, platform } = await resolveManifest(image, registries, settings);
-  const { layer, info } = chooseLayer(manifest, formatReference(image), settings.layer);
-  settings.onProgress({ type: "resolved", image, layer: info, platform });
-  return { manifest, platform, layer, info };
-}
-
-/** A file of a layout or an archive, by its path in there. */
-type Shelf = (name: string) => AsyncIterable<Uint8Array>;
-
-/** An image that lies on the disk answers as a registry does, so that the same code resolves and verifies it. */
-async function openLayout(
-  { kind, text, path, tag }: Extract<Source, { text: string }>,
-  settings: Settings,
-): Promise<OpenedSource> {
-  const isDirectory = kind === "oci";
-  if (fs.statSync(path, { throwIfNoEntry: false })?.isDirectory() !== isDirectory) {
-    const state = fs.existsSync(path) ? `it is ${isDirectory ? "no" : "a"} directory` : "there is no such file";
-    throw new FetchWheelsError("not-found", `Cannot read ${quote(text)}: ${state}`);
-  }
-  const shelf = isDirectory ? (name: string) => openFile(join(path, name)) : archiveShelf(path);
-  const answer = kind === "docker-archive" ? await dockerAnswers(shelf, text) : ociAnswers(shelf, { text, tag });
-  const get = async (asked: string): Promise<Exchange> => {
-    const url = new URL("file:///");
-    return {
-      response: new Response(ReadableStream.from(await answer(asked))),
-      url,
-      asked: url,
-      controller: new AbortController(),
-    };
-  };
-  const image = { registry: text, repository: "" };
-  const registry: Registry = { isMirror: false, isDown: false, get };
-  const { manifest, platform, layer, info } = await resolveLayer(image, [registry], settings);
-  const { digest, mediaType } = manifest;
-  const bytes = verified(await answer(`blobs/${layer.digest}`), layer);
-  return {
-    ...NO_IMAGE,
-    platform,
-    manifest: kind === "docker-archive" ? null : { digest, mediaType },
-    layer: info,
-    bytes,
-  };
-}
-
-/** Reads an archive up to the file that is wanted. Members that are links lead on, as `docker save` makes them. */
-function archiveShelf(path: string): Shelf {
-  return async function* shelf(name: string, links = 0): AsyncGenerator<Uint8Array> {
-    if (links > MAX_LINKS) throw integrity("read", path, `${quote(name)} is a link that leads to itself`);
-    for await (const member of new TarReader(decompress(openFile(path), path), path).members()) {
-      if (posix.normalize(member.name) !== name) continue;
-      if (member.linkname === "") return yield* bodyOf(member);
-      const base = member.type === "symbolic link" ? posix.dirname(name) : ".";
-      return yield* shelf(posix.join(base, member.linkname), links + 1);
+  /** Creates it in the first place, and removes from each place what dead runs left there. */
+  constructor(places: [StagingPlace, ...StagingPlace[]], report: Report) {
+    const [[directory, name]] = places;
+    this.path = join(directory, stagingName(name));
+    this.#report = report;
+    try {
+      onDisk("create", this.path, () => {
+        this.#made = fs.mkdirSync(directory, { recursive: true });
+        Deno.mkdirSync(this.path);
+        this.#lock = Deno.openSync(join(this.path, LOCK_NAME), { read: true, write: true, createNew: true });
+        tryLock(this.#lock);
+      });
+      for (const place of places) this.#sweep(place);
+    } catch (error) {
+      this[Symbol.dispose]();
+      throw error;
     }
-    throw new FetchWheelsError("not-found", `Cannot read ${quote(path)}: it holds no ${quote(name)}`);
-  };
-}
-
-/** OCI image layout: `index.json` leads to `blobs/<algorithm>/<hex>`. */
-function ociAnswers(
-  shelf: Shelf,
-  { text, tag }: { text: string; tag: string | undefined },
-): (asked: string) => Promise<AsyncIterable<Uint8Array>> {
-  return async (asked) => {
-    const digest = asked.slice(asked.indexOf("/") + 1);
-    if (DIGEST.test(digest)) return shelf(`blobs/${digest.replace(":", "/")}`);
-    const index = parseJson(await gather(shelf("index.json"), MAX_MANIFEST_BYTES));
-    const entries: Descriptor[] = Array.isArray(index?.manifests) ? index.manifests : [];
-    const nameOf = (entry: Descriptor) => entry?.annotations?.["org.opencontainers.image.ref.name"];
-    const names = new Set(entries.map(nameOf).filter((name) => name !== undefined));
-    const chosen = tag === undefined ? entries : entries.filter((entry) => nameOf(entry) === tag);
-    if (chosen.length > 0 && (tag !== undefined || names.size < 2)) return jsonBytes({ manifests: chosen });
-    const list = names.size === 0 ? "it names no tags" : `it has the tags ${[...names].join(", ")}`;
-    const hint = tag === undefined ? "add one of them, after a colon" : undefined;
-    throw new FetchWheelsError("not-found", `Cannot choose an image in ${quote(text)}: ${list}`, { hint });
-  };
-}
-
-/** `docker save`: `manifest.json` names a configuration, which holds the digests of the layers, and their files. */
-async function dockerAnswers(
-  shelf: Shelf,
-  text: string,
-): Promise<(asked: string) => Promise<AsyncIterable<Uint8Array>>> {
-  const fail = (state: string) => integrity("read", text, state);
-  const images = parseValue(await gather(shelf("manifest.json"), MAX_MANIFEST_BYTES));
-  if (!Array.isArray(images)) throw fail("its manifest.json is no list");
-  if (images.length !== 1) {
-    throw new FetchWheelsError("not-found", `Cannot choose in ${quote(text)}: it holds ${images.length} images`);
   }
-  const { Config: name, Layers: files } = images[0] ?? {};
-  const body = await gather(shelf(String(name)), MAX_MANIFEST_BYTES) ?? new Uint8Array();
-  const named = /[0-9a-f]{64}/.exec(String(name))?.[0];
-  if (named !== undefined && digestOf(body, "sha256:") !== `sha256:${named}`) {
-    throw fail("its configuration has another digest");
+
+  [Symbol.dispose](): void {
+    this.#lock?.close();
+    try {
+      // A journal that is still there names files that could not be put back: the next run tries again.
+      if (!lstatIfExists(join(this.path, JOURNAL_NAME))) removeTree(this.path);
+      const made = this.#made ?? this.path;
+      for (let path = dirname(this.path); path.startsWith(made); path = dirname(path)) {
+        if (!isDone(() => fs.rmdirSync(path))) return;
+      }
+    } catch (error) {
+      // A leftover does not matter: the next run removes it.
+      const { message } = toDiskError(error, `Cannot remove ${quote(this.path)}`) as Error;
+      this.#report({ type: "warning", message });
+    }
   }
-  const config = parseJson(body);
-  const digests: unknown = config?.rootfs?.diff_ids;
-  if (!Array.isArray(digests) || !Array.isArray(files) || digests.length !== files.length) {
-    throw fail("its layers are not those of its configuration");
+
+  /**
+   * Removes what dead runs left behind, which their locks show, and first undoes what they had begun to publish. Keeps
+   * what belongs to another user, whose journal must not make this run write anywhere.
+   */
+  #sweep([directory, name]: StagingPlace): void {
+    const owner = fs.statSync(this.path).uid;
+    const prefix = stagingPrefix(name);
+    for (const found of onDisk("clean up", directory, () => namesIn(directory))) {
+      if (!found.startsWith(prefix) || !/^\d+-[0-9a-f]{8}$/.test(found.slice(prefix.length))) continue;
+      const path = join(directory, found);
+      onDisk("clean up", path, () => {
+        const stat = lstatIfExists(path);
+        if (stat?.uid !== owner) return;
+        const [lockFile, journalFile] = [join(path, LOCK_NAME), join(path, JOURNAL_NAME)];
+        using lock = fs.existsSync(lockFile) ? Deno.openSync(lockFile, { read: true, write: true }) : null;
+        const isDead = lock === null ? Date.now() - stat.mtimeMs > YOUNG_MS : tryLock(lock);
+        if (!isDead) return;
+        const journal = fs.existsSync(journalFile) ? parseJson(fs.readFileSync(journalFile)) : undefined;
+        if (journal !== undefined) undo(path, journal as Journal);
+        removeTree(path);
+      });
+    }
   }
-  const manifest = { mediaType: MANIFEST_TYPES[0], layers: digests.map((digest) => ({ digest })) };
-  const digest = digestOf(Buffer.from(JSON.stringify(manifest)), "sha256:");
-  const { os, architecture, variant } = config ?? {};
-  const top = { mediaType: INDEX_TYPES[0], manifests: [{ digest, platform: { os, architecture, variant } }] };
-  return (asked) => {
-    const reference = asked.slice(asked.indexOf("/") + 1);
-    if (asked.startsWith("blobs/")) return Promise.resolve(shelf(String(files[digests.indexOf(reference)])));
-    return Promise.resolve(jsonBytes(reference === digest ? manifest : top));
-  };
 }
 
-function jsonBytes(value: unknown): AsyncIterable<Uint8Array> {
-  return ReadableStream.from([new TextEncoder().encode(JSON.stringify(value))]);
+/** The tree of an archive, on DEST's file system and hidden until it is published. */
+function stagedTree(settings: Settings): Target {
+  const { dest, report } = settings;
+  const inside: StagingPlace = [dest, ""];
+  const beside: StagingPlace = [dirname(dest), basename(dest)];
+  const exists = onDisk("use", dest, () => isUsableDirectory(dest));
+  const staging = new StagingDirectory(exists ? [inside, beside] : [beside, inside], report);
+  const receive = (delivery: Delivery) => receiveTree(delivery, staging.path, settings);
+  return { receive, [Symbol.dispose]: () => staging[Symbol.dispose]() };
 }
 
-async function openUrl(url: URL, settings: Settings): Promise<AsyncIterable<Uint8Array>> {
-  const { username, password } = decodedUser(url);
-  const headers: Record<string, string> = username === "" ? {} : { authorization: basic({ username, password }) };
-  const exchange = await request([withoutUser(url)], headers, { settings });
-  if (!exchange.response.ok) {
-    throw statusError("fetch", displayUrl(url), { exchange, body: await readError(exchange, settings) });
+async function receiveTree(delivery: Delivery, root: string, settings: Settings): Promise<Received> {
+  const tree = join(root, "new");
+  onDisk("create", tree, () => {
+    removeTree(tree); // what an earlier attempt left
+    Deno.mkdirSync(tree);
+  });
+  const extracted = await extractParts(delivery, tree, settings);
+  const constraints = extracted.entries.get(CONSTRAINTS);
+  if (settings.unpin !== undefined && constraints?.kind === "file") {
+    constraints.size = dropPin(join(tree, CONSTRAINTS), settings.unpin);
+    constraints.digest = null;
   }
-  return answerBody(exchange, settings);
+  const received = describeTree(extracted, delivery.parts);
+  if (received.files.length === 0) throw noFileError(delivery, received.skipped.length, settings.filter);
+  settings.signal.throwIfAborted();
+  publish(root, extracted.entries, settings);
+  return received;
 }
 
-function decodedUser(url: URL): UserCredentials {
+/** Applies each part to one tree. Further parts are downloaded meanwhile: the next layer, or several files of an artifact. */
+async function extractParts({ parts, open, meter }: Delivery, tree: string, settings: Settings): Promise<Extracted> {
+  const { filter, workerUrl, connections } = settings;
+  const hasFiles = parts.some(({ kind }) => kind === "file");
+  const isLarge = parts.reduce((sum, { size = 0 }) => sum + size, 0) >= WORKER_BYTES;
+  const report = (members: number) => meter.extracted(members);
+  const local = new TreeBuilder(report, tree);
+  const builder = workerUrl !== undefined && isLarge && !hasFiles
+    ? new WorkerTreeBuilder(report, { root: tree, url: workerUrl })
+    : local;
+  const waiting = [...parts];
+  const ahead: ReadableStream<Uint8Array>[] = [];
   try {
-    return { username: decodeURIComponent(url.username), password: decodeURIComponent(url.password) };
-  } catch (error) {
-    if (!(error instanceof URIError)) throw error;
-    throw usage("use URL", displayUrl(url), "its user name or password is not encoded well");
+    for (const part of parts) {
+      const bytes = ahead.shift() ?? open(waiting.shift() ?? part);
+      const wanted = hasFiles ? connections - 1 : 1;
+      for (const next of waiting.splice(0, wanted - ahead.length)) ahead.push(prefetch(open(next), PREFETCH_BYTES));
+      if (part.kind === "archive") await builder.extract({ ...part, filter }, bytes);
+      else await local.addDownload(part, bytes);
+    }
+    return await builder.finish();
+  } finally {
+    ahead.forEach((stream) => stream.cancel().catch(() => {})); // one that has failed says so again
+    await builder.stop();
   }
 }
 
-function openFile(path: string): AsyncIterable<Uint8Array> {
-  const stat = onDisk("read", path, () => fs.statSync(path, { throwIfNoEntry: false }));
-  if (stat === undefined) throw new FetchWheelsError("not-found", `Cannot read ${quote(path)}: there is no such file`);
-  if (stat.isDirectory()) throw new FetchWheelsError("io", `Cannot read ${quote(path)}: it is a directory`);
-  return readFile(path);
+function noFileError({ parts, label }: Delivery, skipped: number, filter: FilterOptions): FetchWheelsError {
+  const [part] = parts;
+  const isLayer = part?.descriptor !== undefined && part.kind === "archive" && part.directory === undefined;
+  const what = isLayer && parts.length === 1 ? `layer ${part.index} of ${quote(label)}` : quote(label);
+  return noMatchError(what, { skipped, filter, hint: isLayer ? "try another layer, or --layer all" : undefined });
 }
 
-async function* readFile(path: string): AsyncGenerator<Uint8Array> {
-  try {
-    for await (const chunk of fs.createReadStream(path, { highWaterMark: INFLATED_BYTES })) yield chunk;
-  } catch (error) {
-    throw diskError("read", path, error);
-  }
-}
-
-/** Passes bytes on, tells of them, and stops when it is told to. */
-async function* watched(bytes: AsyncIterable<Uint8Array>, progress: Progress): AsyncGenerator<Uint8Array> {
-  const { settings, total } = progress;
-  for await (const chunk of bytes) {
-    settings.signal.throwIfAborted();
-    progress.received += chunk.length;
-    settings.onProgress({ type: "bytes", received: progress.received, total });
-    yield chunk;
-  }
-}
-
-/** How far the source has been read. */
-interface Progress {
-  received: number;
-  total?: number;
-  settings: Settings;
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// 10 Command line: options, help, output, exit code. stdout carries data only; all else goes to stderr, line by line.
-// ---------------------------------------------------------------------------------------------------------------------
-
-/** The outside world, as far as the command line touches it. */
-export interface Io {
-  /** Value of an environment variable. */
-  env(name: string): string | undefined;
-  /** For `--password-stdin`. */
-  stdin: ReadableStream<Uint8Array>;
-  /** For data: help, version, the tarball. */
-  stdout: WritableStream<Uint8Array>;
-  /** For everything else, in whole lines. */
-  stderr(text: string): void;
-  /** As in `FetchWheelsOptions`. */
-  workerUrl?: string;
-  /** Width of the terminal that stderr is, asked for each time it is needed; undefined where it is none. */
-  columns?(): number | undefined;
-  /** Stops everything; its reason may be a `FetchWheelsError` that says why. */
-  signal?: AbortSignal;
+/** Reports whether DEST exists; throws if something else is in its place. */
+function isUsableDirectory(dest: string): boolean {
+  const stat = statIfExists(dest);
+  if (stat?.isDirectory()) return true;
+  if (stat !== undefined) throw ioError(`Cannot use ${quote(dest)}: it is not a directory`);
+  if (lstatIfExists(dest)) throw ioError(`Cannot use ${quote(dest)}: it is a dangling symbolic link`);
+  return false;
 }
 
 /**
- * The command line.
- *
- * @param args Arguments, without the program's name
- * @param io The outside world
- * @returns Exit code
+ * What a publication is about to change; kept on disk until all of it is done, so that the next run can undo it. A step
+ * takes a path of DEST away to `old/INDEX`, puts a path of the staged tree into DEST, or makes a directory there.
  */
-export async function main(args: string[], io: Io): Promise<number> {
-  const bar = new ProgressBar(args.includes("--no-progress") ? { ...io, columns: () => undefined } : io);
-  const log = (text: string) => {
-    bar.clear();
-    io.stderr(`fetch_wheels: ${oneLine(text)}\n`);
-  };
-  let [isVerbose, isJson] = [args.includes("-v") || args.includes("--verbose"), args.includes("--json")];
+interface Journal {
+  dest: string;
+  steps: { action: "take" | "put" | "make"; path: string }[];
+}
+
+/** Runs a rename or a removal; returns false if it is refused, as on overlayfs, for a mount point, or in a sticky directory. */
+function isDone(operation: () => void): boolean {
   try {
-    const { source, options, print } = readCommandLine(args, io);
-    if (print !== undefined) {
-      await writeText(io.stdout, print);
-      return 0;
-    }
-    [isVerbose, isJson] = [options.verbose === true, options.json === true];
-    const result = await runFetch(source, { options, io, log, bar });
-    if (isJson) await writeText(io.stdout, `${JSON.stringify(result, null, 2)}\n`);
-    return 0;
+    operation();
+    return true;
   } catch (error) {
-    bar.clear();
-    if (error === PIPE_CLOSED) return 0; // whoever read the list has seen enough
-    const { kind, message, hint } = describeError(error);
-    log(message);
-    if (hint !== null) log(`hint: ${hint}`);
-    if (isVerbose) traceOf(explain(error)).forEach(log);
-    if (isJson) await writeText(io.stdout, `${JSON.stringify({ error: { kind, message, hint } }, null, 2)}\n`);
-    return EXIT_CODES[kind];
+    const refusals = ["EXDEV", "EBUSY", "EPERM", "EACCES", "EEXIST", "ENOTEMPTY"];
+    if (!refusals.includes(errorCode(error) ?? "")) throw error;
+    return false;
   }
 }
 
-const PIPE_CLOSED = new DOMException("the pipe is closed", "AbortError");
-
-function isPipeClosed(error: unknown): boolean {
-  return error instanceof FetchWheelsError && (error.cause as NodeJS.ErrnoException).code === "EPIPE";
+/** Moves a staged tree into DEST, completely or not at all: a new DEST with one rename, else entry by entry. */
+function publish(root: string, entries: Extracted["entries"], settings: Settings): void {
+  const { dest } = settings;
+  const isNew = !fs.existsSync(dest);
+  if (isNew && onDisk("publish", dest, () => isDone(() => fs.renameSync(join(root, "new"), dest)))) return;
+  perform(root, { dest, steps: planSteps(entries, settings) });
 }
 
-async function runFetch(
-  source: string | undefined,
-  { options, io, log, bar }: { options: CommandOptions; io: Io; log: (text: string) => void; bar: ProgressBar },
-): Promise<FetchResult> {
-  const given = await fetchOptions(options, io);
-  const text = source ?? (io.env("WHEELS") || readWheelsFile(options.wheelsFile));
-  const level = options.quiet ? "quiet" : options.verbose ? "verbose" : "normal";
-  const tell = progressLog(log, level);
-  const pipe = new AbortController();
-  const signal = AbortSignal.any([pipe.signal, ...(io.signal ? [io.signal] : [])]);
-  let printed = Promise.resolve();
-  const onProgress = (event: ProgressEvent) => {
-    if (level !== "quiet" && !options.list) bar.update(event);
-    if (event.type !== "member" || options.json) return tell(event);
-    const line = `${String(event.size).padStart(12)}  ${oneLine(event.path)}\n`;
-    printed = printed.then(() => writeText(io.stdout, line)).catch((error) =>
-      pipe.abort(isPipeClosed(error) ? PIPE_CLOSED : error)
-    );
-  };
-  const result = await fetchWheels(text, { ...given, workerUrl: io.workerUrl, signal, onProgress });
-  await printed;
-  pipe.signal.throwIfAborted();
-  bar.clear();
-  const isRemembered = result.dest !== null || result.output !== null;
-  if (isRemembered && (source !== undefined || io.env("WHEELS"))) rememberSource(text, options.wheelsFile, log);
-  if (level !== "quiet") describeResult(result, level).forEach(log);
-  return result;
-}
-
-/** An error as it is told, on stderr and by `--json`. */
-function describeError(thrown: unknown): { kind: ErrorKind; message: string; hint: string | null } {
-  const error = explain(thrown);
-  if (error instanceof FetchWheelsError) {
-    const help = error.kind === "usage" ? "fetch_wheels --help lists the options" : null;
-    return { kind: error.kind, message: error.message, hint: error.hint ?? help };
+/** Directories come first, wheels next, text files last: readers of the constraints rely on the wheels. */
+function planSteps(entries: Extracted["entries"], { dest, clean }: Settings): Journal["steps"] {
+  const names = clean && fs.existsSync(dest) ? onDisk("read", dest, () => fs.readdirSync(dest)) : [];
+  const old = names.filter((name) => !name.startsWith(stagingPrefix("")));
+  const steps: Journal["steps"] = old.map((path) => ({ action: "take", path }));
+  if (!fs.existsSync(dest)) steps.push({ action: "make", path: "" });
+  const rank = ([path, { kind }]: [string, TreeEntry]) => kind === "directory" ? 0 : path.endsWith(".txt") ? 2 : 1;
+  for (const [path, { kind }] of [...entries].sort((a, b) => rank(a) - rank(b))) {
+    const target = join(dest, path);
+    const existing = clean ? undefined : onDisk("publish", target, () => lstatIfExists(target));
+    if (kind !== "directory") {
+      if (existing?.isDirectory()) throw ioError(`Cannot write ${quote(target)}: it is a directory`);
+      if (existing !== undefined) steps.push({ action: "take", path });
+      steps.push({ action: "put", path });
+    } else if (existing === undefined) steps.push({ action: "make", path });
+    else if (existing.isSymbolicLink()) throw unsafeError(path, `${quote(target)} is a symbolic link`);
+    else if (!existing.isDirectory()) throw ioError(`Cannot write ${quote(target)}: it is not a directory`);
   }
-  const words = withoutSecrets(error instanceof Error ? error.message.split("\n")[0] ?? "" : String(error));
-  const hint = "this is a fault of fetch_wheels; --verbose shows where";
-  return { kind: "internal", message: `Cannot go on: ${words}`, hint };
+  return steps;
 }
 
-/** The whole chain of an error's causes, for `--verbose`. */
-function traceOf(error: unknown): string[] {
-  if (!(error instanceof Error)) return [];
-  return [...withoutSecrets(error.stack ?? error.message).split("\n"), ...traceOf(error.cause)];
-}
-
-/** What others say in their errors may hold a URL with a password or a signature. */
-function withoutSecrets(text: string): string {
-  return text.replace(/(https?:\/\/)[^\s/]*@/gi, "$1").replace(/(https?:\/\/[^\s?"]*)\?[^\s")]*/gi, "$1?…");
-}
-
-/** The options as commander leaves them: the module's own, and what only a command line has. */
-interface CommandOptions extends Omit<FetchWheelsOptions, "output" | "mirrors"> {
-  output?: string;
-  mirror: string[];
-  passwordStdin?: boolean;
-  json?: boolean;
-  wheelsFile: string;
-  quiet?: boolean;
-  verbose?: boolean;
-}
-
-interface CommandLine {
-  source?: string;
-  options: CommandOptions;
-  /** Help or version, to be printed instead of doing anything. */
-  print?: string;
-}
-
-const HELP_AFTER = `
-SOURCE is an image (loci/requirements:master-ubuntu_jammy,
-registry:5000/ns/name@sha256:...), an http(s):// URL of a tarball, a path that
-begins with /, ./ or ../, or, without a network, oci:DIR[:TAG],
-oci-archive:FILE[:TAG] or docker-archive:FILE. Without one, $WHEELS counts;
-without that, the first line of the wheels file.
-REGISTRY_USERNAME and REGISTRY_PASSWORD give credentials; without them, those
-of docker login and podman login count. HTTPS_PROXY and NO_PROXY are honoured.
-
-Examples:
-  fetch_wheels -d wheels loci/requirements:master-ubuntu_jammy
-  fetch_wheels --ca-file ca.pem -d wheels registry.lan:5000/ns/wheels:1.0
-  fetch_wheels -o - registry.lan:5000/ns/wheels:1.0 | tar tz
-
-Exit codes: 0 done, 1 a bug, 2 usage, 3 not found, 4 credentials, 5 network,
-6 integrity, 7 unsafe archive, 8 disk, 130 SIGINT, 143 SIGTERM`;
-
-function wholeNumber(text: string): number {
-  if (!/^\d{1,6}$/.test(text)) throw new InvalidArgumentError("It is no whole number.");
-  return Number(text);
-}
-
-function collect(text: string, before: string[]): string[] {
-  return [...before, text];
-}
-
-function truth(text: string): boolean {
-  return /^(?:yes|true|t|1)$/i.test(text);
-}
-
-/** An option with the environment variable that stands for it, and how to read that. */
-interface OptionRow {
-  option: Option;
-  env?: string;
-  read?: (text: string) => unknown;
-}
-
-/** The options in their groups. Made anew for each command line, for commander keeps what it reads in them. */
-function optionGroups(): Record<string, OptionRow[]> {
-  const option = (flags: string, description: string) => new Option(flags, description);
-  const words = (text: string) => text.trim().split(/\s+/);
-  return {
-    "Source:": [
-      { option: option("--platform <os/arch[/variant]>", "choose this from a multi-platform image") },
-      { option: option("--layer <which>", "N (1 is the base), last, or a digest").default("last") },
-      { option: option("--wheels-file <file>", "where the source is remembered").default(DEFAULT_WHEELS_FILE) },
-    ],
-    "Destination:": [
-      { option: option("-d, --dest <dir>", "extract here").default(DEFAULT_DEST), env: "WHEELS_DIR" },
-      { option: option("-o, --output <file>", "write the tarball as it is; - is stdout"), env: "WHEELS_DEST" },
-      { option: option("--include <glob>", "extract only these (repeatable)").argParser(collect).default([], "all") },
-      {
-        option: option("--exclude <glob>", "leave these out, besides .* (repeatable)").argParser(collect).default(
-          [],
-          "none",
-        ),
-      },
-      { option: option("--strip-components <n>", "drop so many leading components").argParser(wholeNumber).default(0) },
-      { option: option("--clean", "replace DEST instead of adding to it") },
-      { option: option("--unpin <name>", "drop NAME===... from upper-constraints.txt"), env: "PROJECT" },
-    ],
-    "Registry:": [
-      { option: option("--username <name>", "user name for the registry"), env: "REGISTRY_USERNAME" },
-      { option: option("--password-stdin", "read its password from stdin") },
-      {
-        option: option("--protocol <name>", "how to speak to it").choices(["http", "https", "detect"]).default(
-          "detect",
-        ),
-        env: "REGISTRY_PROTOCOL",
-      },
-      { option: option("--ca-file <pem>", "trust these certificates, too"), env: "REGISTRY_CA_FILE" },
-      { option: option("--insecure", "accept any certificate"), env: "REGISTRY_INSECURE", read: truth },
-    ],
-    "Network:": [
-      {
-        option: option("--mirror <url>", "ask here first (repeatable)").argParser(collect).default([], "none"),
-        env: "REGISTRY_MIRROR",
-        read: words,
-      },
-      { option: option("--cache <dir>", "keep and reuse layers by digest"), env: "FETCH_WHEELS_CACHE" },
-      {
-        option: option("--connections <n>", "fetch a large layer over so many").argParser(wholeNumber)
-          .default(DEFAULT_CONNECTIONS),
-      },
-      {
-        option: option("--retries <n>", "tries after a failure that may pass").argParser(wholeNumber).default(
-          DEFAULT_RETRIES,
-        ),
-      },
-      {
-        option: option("--timeout <seconds>", "wait so long for a byte").argParser(wholeNumber).default(
-          DEFAULT_TIMEOUT,
-        ),
-      },
-    ],
-    "Output:": [
-      { option: option("--list", "print sizes and paths; extract nothing") },
-      { option: option("--dry-run", "resolve; fetch no layer") },
-      { option: option("--json", "print one JSON document") },
-      { option: option("--no-progress", "no progress bar on a terminal") },
-      { option: option("-q, --quiet", "say nothing but errors") },
-      { option: option("-v, --verbose", "tell of each request") },
-    ],
-  };
-}
-
-function readCommandLine(args: string[], io: Io): CommandLine {
-  let print: string | undefined;
-  const command = new Command("fetch_wheels")
-    .usage("[OPTIONS] [SOURCE]")
-    .description("Fetches the final layer of a container image and leaves its wheels in a directory.")
-    .argument("[source]", "image, URL or path")
-    .version(`fetch_wheels ${VERSION}`, "-V, --version", "print the version")
-    .helpOption("-h, --help", "print this help")
-    .addHelpText("after", HELP_AFTER)
-    .exitOverride()
-    .configureOutput({ writeOut: (text) => print = (print ?? "") + text, writeErr: () => {}, ...PLAIN_OUTPUT });
-  const groups = Object.entries(optionGroups());
-  for (const [heading, rows] of groups) {
-    for (const { option, env } of rows) {
-      if (env !== undefined) option.description += ` ($${env})`;
-      command.addOption(option.helpGroup(heading));
-    }
-  }
+/** Before DEST changes, a journal says how to undo the change; removing it is the moment at which the new state holds. */
+function perform(root: string, journal: Journal): void {
+  const file = join(root, JOURNAL_NAME);
+  onDisk("write", root, () => {
+    fs.mkdirSync(join(root, "old"), { recursive: true });
+    fs.writeFileSync(`${file}.new`, JSON.stringify(journal));
+    fs.renameSync(`${file}.new`, file);
+  });
   try {
-    command.parse(args, { from: "user" });
-    for (const { option, env, read = (text: string) => text } of groups.flatMap(([, rows]) => rows)) {
-      const text = env === undefined ? undefined : io.env(env);
-      if (!text || command.getOptionValueSource(option.attributeName()) === "cli") continue;
-      if (option.argChoices && !option.argChoices.includes(text)) {
-        throw usage(`use ${env}`, text, `it is none of ${option.argChoices.join(", ")}`);
-      }
-      command.setOptionValueWithSource(option.attributeName(), read(text), "env");
+    for (const [index, { action, path }] of journal.steps.entries()) {
+      const target = join(journal.dest, path);
+      const staged = join(root, "new", path);
+      onDisk("publish", target, () => {
+        if (action === "take") return moveEntry(target, join(root, "old", `${index}`));
+        if (action === "put") return moveEntry(staged, target);
+        fs.mkdirSync(target, { recursive: true });
+        fs.chmodSync(target, fs.statSync(staged).mode & 0o777);
+      });
     }
+    onDisk("write", root, () => fs.rmSync(file));
   } catch (error) {
-    if (!(error instanceof CommanderError)) throw error;
-    if (error.exitCode === 0) return { options: command.opts(), print };
-    const [message = "", ...more] = error.message.replace(/^error: |(?<= but got \d+): .*/g, "").replaceAll("'", '"')
-      .split("\n");
-    throw new FetchWheelsError("usage", `Cannot read the command line: ${message.replace(/\.$/, "")}`, {
-      hint: more.join(" ").replace(/[()]/g, "") || undefined,
+    undo(root, journal);
+    throw error;
+  }
+}
+
+/** Undoes the steps in reverse. Each may have been done, or not, or in part. */
+function undo(root: string, { dest, steps }: Journal): void {
+  for (const [index, { action, path }] of [...steps.entries()].reverse()) {
+    const target = join(dest, path);
+    const staged = join(root, "new", path);
+    const old = join(root, "old", `${index}`);
+    onDisk("restore", target, () => {
+      if (action === "put") {
+        if (!lstatIfExists(staged) && lstatIfExists(target)) moveEntry(target, staged);
+      } else if (action === "make") {
+        if (lstatIfExists(target) && fs.readdirSync(target).length === 0) fs.rmdirSync(target);
+      } else if (lstatIfExists(old)) moveEntry(old, target);
     });
   }
-  const options = command.opts<CommandOptions>();
-  const [dest, output] = ["dest", "output"].map((name) => command.getOptionValueSource(name));
-  if (dest === "cli" && output === "cli") {
-    throw new FetchWheelsError("usage", 'Cannot use "--dest" with "--output": one of them says where the layer goes');
+  onDisk("write", root, () => fs.rmSync(join(root, JOURNAL_NAME), { force: true }));
+}
+
+/** Renames a file or a directory; copies it, entry by entry, if a rename is refused. */
+function moveEntry(from: string, to: string): void {
+  if (isDone(() => fs.renameSync(from, to))) return;
+  const stat = fs.lstatSync(from);
+  if (stat.isDirectory()) {
+    if (fs.mkdirSync(to, { recursive: true }) !== undefined) fs.chmodSync(to, stat.mode & 0o7777);
+    for (const name of fs.readdirSync(from)) moveEntry(join(from, name), join(to, name));
+    isDone(() => fs.rmdirSync(from)); // a mount point stays, empty
+    return;
   }
-  if (dest === "cli") options.output = undefined;
-  if (options.json && options.output === "-") {
-    throw new FetchWheelsError("usage", 'Cannot use "--json" with "--output -": stdout takes one of them');
-  }
-  if (options.dest === "") throw usage("use", "--dest", "its value is empty");
-  if (options.output === "") throw usage("use", "--output", "its value is empty");
-  return { source: command.args[0], options };
-}
-
-const PLAIN_OUTPUT = {
-  getOutHelpWidth: () => 80,
-  getErrHelpWidth: () => 80,
-  getOutHasColors: () => false,
-  getErrHasColors: () => false,
-};
-
-/** The options have the module's names already; what is left is what the command line says in another way. */
-async function fetchOptions(options: CommandOptions, io: Io): Promise<FetchWheelsOptions> {
-  const { output, passwordStdin, username, mirror: mirrors } = options;
-  const password = passwordStdin ? await readPassword(io.stdin) : io.env("REGISTRY_PASSWORD") || undefined;
-  if (passwordStdin && !username) throw usage("use", "--password-stdin", "the user name is missing", PASSWORD_HINT);
-  const isStdout = output === "-" || output === "/dev/stdout";
-  return { ...options, mirrors, password, authFiles: authFiles(io), output: isStdout ? io.stdout : output };
-}
-
-function authFiles(io: Io): string[] {
-  const home = io.env("HOME");
-  const docker = io.env("DOCKER_CONFIG") || (home && join(home, ".docker"));
-  return [io.env("REGISTRY_AUTH_FILE"), docker && join(docker, "config.json")].filter((file) => !!file) as string[];
-}
-
-/** Everything but the line's end: blanks may be part of a password. */
-async function readPassword(stdin: ReadableStream<Uint8Array>): Promise<string> {
-  return (await new Response(stdin as ReadableStream<Uint8Array<ArrayBuffer>>).text()).replace(/\r?\n$/, "");
-}
-
-function readWheelsFile(file: string): string {
-  const hint = "give SOURCE, or set WHEELS; fetch_wheels --help tells more";
-  const isThere = onDisk("read", file, () => fs.existsSync(file));
-  if (!isThere) throw new FetchWheelsError("usage", `Cannot start: there is no source, and no ${file}`, { hint });
-  const line = onDisk("read", file, () => fs.readFileSync(file, "utf8")).split("\n")[0]?.trim();
-  if (!line) throw new FetchWheelsError("usage", `Cannot start: there is no source in ${file}`, { hint });
-  return line;
-}
-
-/** As LOCI does, for the next step of the build. The wheels are there already, so a failure is no more than a warning. */
-function rememberSource(source: string, file: string, log: (text: string) => void): void {
+  const part = join(dirname(to), stagingName(""));
   try {
-    if (fs.existsSync(dirname(file))) fs.writeFileSync(file, `${source}\n`);
+    fs.cpSync(from, part, { preserveTimestamps: true, verbatimSymlinks: true });
+    fs.renameSync(part, to);
+  } finally {
+    fs.rmSync(part, { force: true });
+  }
+  try {
+    fs.unlinkSync(from);
   } catch (error) {
-    if (error instanceof Deno.errors.NotCapable) return; // the flags that deno was given say that it is not wanted
-    const shown = diskError("write", file, error) as Error;
-    log(`warning: ${shown.message.split("\n")[0]}; the source is not remembered`);
+    fs.unlinkSync(to); // a copy is not a move
+    throw error;
   }
 }
 
-function progressLog(
-  log: (text: string) => void,
-  level: "quiet" | "normal" | "verbose",
-): (event: ProgressEvent) => void {
-  return (event) => {
-    if (event.type === "warning") return log(`warning: ${event.message}`);
-    if (level === "quiet") return;
-    switch (event.type) {
-      case "request":
-        return level === "verbose" ? log(`${event.url} answered ${event.status}`) : undefined;
-      case "retry":
-        return log(`${event.reason}; trying again in ${(event.delayMs / 1000).toFixed(1)} s`);
-      case "resolved": {
-        const { image, layer, platform } = event;
-        const size = layer.size === null ? "" : `, ${formatBytes(layer.size)}`;
-        const where = platform === null ? "" : ` for ${platform}`;
-        return log(`${formatReference(image)}${where}: layer ${layer.index} of ${layer.count}, ${layer.digest}${size}`);
-      }
-      case "cached":
-        return log(`${event.digest}, ${formatBytes(event.size)}, comes from the cache`);
-      case "bytes":
-      case "extracted":
-      case "member":
-        return;
-    }
+/** A tarball as it is, in a file that appears when it is complete. A link stays a link, and its target is replaced. */
+function stagedFile(output: string, report: Report): Target {
+  const path = onDisk("use", output, () => fs.existsSync(output) ? fs.realpathSync(output) : output);
+  onDisk("write", path, () => fs.statSync(dirname(path))); // which is not created
+  const staging = new StagingDirectory([[dirname(path), basename(path)]], report);
+  const staged = join(staging.path, "new");
+  const receive = async (delivery: Delivery) => {
+    using file = onDisk("write", path, () => Deno.openSync(staged, { write: true, create: true, truncate: true }));
+    const received = await copyTarball(delivery, (chunk) => onDisk("write", path, () => writeAll(file, chunk)));
+    onDisk("publish", path, () => fs.renameSync(staged, path));
+    return received;
   };
+  return { receive, [Symbol.dispose]: () => staging[Symbol.dispose]() };
 }
 
-/** One line on a terminal that is drawn again and again, and gone when something else is said. */
-class ProgressBar {
-  readonly #io: Pick<Io, "columns" | "stderr">;
-  readonly #started = performance.now();
+async function copyTarball({ parts, open }: Delivery, write: (chunk: Uint8Array) => unknown): Promise<Received> {
+  const [part] = parts;
+  if (part !== undefined) { for await (const chunk of open(part)) await write(chunk); }
+  return describeTree({ entries: new Map(), skipped: [] }, parts);
+}
+
+/** Writes a tarball as it is to a stream, or to a device or a pipe, which is not replaced. */
+async function streamTarball(delivery: Delivery, output: string | WritableStream<Uint8Array>, signal: AbortSignal) {
+  const name = typeof output === "string" ? output : "stdout";
+  const untilWritten = <T>(promise: Promise<T>) =>
+    untilAborted(promise, signal).catch((error) => {
+      throw toDiskError(error, `Cannot write ${quote(name)}`);
+    });
+  if (typeof output !== "string") {
+    const writer = output.getWriter();
+    using _ = { [Symbol.dispose]: () => writer.releaseLock() };
+    return await copyTarball(delivery, (chunk) => untilWritten(writer.write(chunk)));
+  }
+  // Opening a pipe waits for a reader. `FsFile.writable` does not report a full disk.
+  using file = await untilWritten(Deno.open(output, { write: true }));
+  return await copyTarball(delivery, async (chunk) => {
+    for (let at = 0; at < chunk.length;) at += await untilWritten(file.write(chunk.subarray(at)));
+  });
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 11 Command line: options, help, progress, output, exit code. stdout carries data only; all else goes to stderr.
+// ---------------------------------------------------------------------------------------------------------------------
+
+/** The outside world as the command line sees it. */
+export interface Io extends Pick<FetchWheelsOptions, "workerUrl" | "signal"> {
+  /** Returns the value of an environment variable. */
+  env(name: string): string | undefined;
+  /** Source of the password for `--password-stdin`. */
+  stdin: ReadableStream<Uint8Array>;
+  /** Receives data: help, version, the list, the JSON, the tarball. */
+  stdout: WritableStream<Uint8Array>;
+  /** Receives everything else, in whole lines; lines of progress begin with a carriage return instead. */
+  stderr(text: string): void;
+  /** Returns the present width of the terminal that stderr is; undefined if it is not a terminal. */
+  columns?(): number | undefined;
+  /** Whether stdout is a terminal. */
+  isStdoutTerminal?: boolean;
+  /** Reads a password without showing it; set if stdin is a terminal. */
+  promptPassword?(question: string): Promise<string>;
+  /** Calls back at intervals until it is disposed of; replaces `setInterval`. */
+  every?(milliseconds: number, callback: () => void): Disposable;
+}
+
+/**
+ * Runs the command line.
+ *
+ * @param args Arguments without the program's name
+ * @param io The outside world
+ * @returns The exit status
+ */
+export async function main(args: string[], io: Io): Promise<number> {
+  const output = new Output(io);
+  const isJson = args.includes("--json");
+  let status = 0;
+  let text: string;
+  try {
+    text = await runCommandLine(args, { io, output });
+  } catch (error) {
+    output.endProgress();
+    const failure = describeError(toPublicError(error, io.signal));
+    output.log(failure.message);
+    if (failure.hint !== null) output.log(`hint: ${failure.hint}`);
+    if (args.some((arg) => /^(?:-v|--verbose$)/.test(arg))) describeCauses(error).forEach((line) => output.log(line));
+    status = EXIT_CODES[failure.kind];
+    text = isJson ? `${JSON.stringify({ error: failure }, null, 2)}\n` : "";
+  }
+  try {
+    const bytes = new TextEncoder().encode(text);
+    if (bytes.length > 0) await ReadableStream.from([bytes]).pipeTo(io.stdout, { preventClose: true });
+    return status;
+  } catch (error) {
+    const code = errorCode(error) ?? "";
+    if (code === "EPIPE" && !isJson) return status; // a reader such as `head` that has seen enough is not a failure
+    output.log(`Cannot write "stdout": ${DISK_STATES[code] ?? (error as Error).message}`);
+    return EXIT_CODES.io;
+  }
+}
+
+/** Does what the arguments ask for, and returns the text for stdout. */
+async function runCommandLine(args: string[], { io, output }: { io: Io; output: Output }): Promise<string> {
+  const commandLine = readCommandLine(args, io);
+  if (typeof commandLine === "string") return commandLine;
+  const { options } = commandLine;
+  const given = commandLine.source ?? (io.env("WHEELS") || undefined);
+  checkPermissions(given, options, args);
+  const source = given ?? readWheelsFile(options.wheelsFile);
+  checkPermissions(source, options, args);
+  checkSource(source);
+  const fetchOptions = await toFetchOptions(options, io);
+  output.beginProgress(options);
+  const result = await fetchWheels(source, { ...fetchOptions, onProgress: (event) => output.report(event) });
+  output.endProgress();
+  if (given !== undefined && (result.dest ?? result.output) !== null) rememberSource(given, options.wheelsFile, output);
+  if (!options.quiet) describeResult(result, options).forEach((line) => output.log(line));
+  if (options.json) return `${JSON.stringify(result, null, 2)}\n`;
+  if (!options.list) return "";
+  return result.files.map(({ path, size }) => `${String(size).padStart(12)}  ${oneLine(path)}\n`).join("");
+}
+
+/** Describes an error for stderr and for `--json`. */
+function describeError(error: unknown): { kind: ErrorKind; message: string; hint: string | null } {
+  if (error instanceof FetchWheelsError) {
+    const { kind, message, hint = kind === "usage" ? "fetch_wheels --help lists the options" : null } = error;
+    return { kind, message, hint };
+  }
+  const words = withoutSecrets(error instanceof Error ? error.message.split("\n")[0] ?? "" : String(error));
+  const hint = "this is a bug in fetch_wheels; --verbose shows where";
+  return { kind: "internal", message: `Cannot continue: ${words}`, hint };
+}
+
+/** Returns the stacks of an error and its causes, for `--verbose`. */
+function describeCauses(error: unknown): string[] {
+  if (!(error instanceof Error)) return [];
+  return [...withoutSecrets(error.stack ?? error.message).split("\n"), ...describeCauses(error.cause)];
+}
+
+/** Writes log lines to stderr and, on a terminal, a line of progress below them, which is redrawn on a timer. */
+class Output {
+  readonly #io: Io;
+  #options: Partial<CommandOptions> = {};
+  #timer: Disposable | undefined;
+  #isDrawn = false;
   #received = 0;
   #total: number | undefined;
-  #members = 0;
-  #drawn = -Infinity;
-  #isShown = false;
+  #files = 0;
+  /** Times and amounts of the last seconds. */
+  #samples: { at: number; received: number }[] = [];
 
-  constructor(io: Pick<Io, "columns" | "stderr">) {
+  constructor(io: Io) {
     this.#io = io;
   }
 
-  update(event: ProgressEvent): void {
-    if (event.type === "bytes") [this.#received, this.#total] = [event.received, event.total];
-    else if (event.type === "extracted") this.#members = event.members;
-    else return;
-    const [columns, now] = [this.#io.columns?.(), performance.now()];
-    if (columns === undefined || now - this.#drawn < REDRAW_MS) return;
-    [this.#drawn, this.#isShown] = [now, true];
-    // Not into the last column: there, some terminals begin a new line.
-    this.#io.stderr(`\r${this.#line(now).slice(0, Math.max(0, columns - 1))}\x1b[K`);
+  /** Where no line can be redrawn, one is logged now and then, because CI systems end jobs that are silent. */
+  beginProgress(options: CommandOptions): void {
+    this.#options = options;
+    if (options.quiet) return;
+    const { every = everyInterval } = this.#io;
+    this.#samples = [{ at: performance.now(), received: 0 }];
+    if (this.#columns() === 0) this.#timer = every(LOG_PROGRESS_MS, () => this.log(this.#progressLines()[0] ?? ""));
+    else if (options.progress) this.#timer = every(REDRAW_MS, () => this.#draw());
   }
 
-  #line(now: number): string {
-    const speed = this.#received / Math.max(1, now - this.#started) * 1000;
+  endProgress(): void {
+    this.#timer?.[Symbol.dispose]();
+    this.#timer = undefined;
+    this.#erase();
+  }
+
+  log(text: string): void {
+    this.#erase();
+    this.#io.stderr(`fetch_wheels: ${oneLine(text)}\n`);
+  }
+
+  report(event: ProgressEvent): void {
+    if (event.type === "warning") this.log(`warning: ${event.message}`);
+    else if (event.type === "extracted") this.#files = event.members;
+    else if (event.type === "bytes") {
+      this.#received = event.received;
+      this.#total = event.total;
+    } else if (this.#options.verbose || !this.#options.quiet && event.type !== "request") {
+      this.log(describeEvent(event));
+    }
+  }
+
+  /** Returns 0 if stderr is not a terminal that can redraw a line. */
+  #columns(): number {
+    return this.#io.env("TERM") === "dumb" ? 0 : this.#io.columns?.() ?? 0;
+  }
+
+  /** Draws the longest line that fits. The last column stays free, because some terminals wrap there. */
+  #draw(): void {
+    const width = this.#columns() - 1;
+    if (width < 0) return;
+    const lines = this.#progressLines();
+    const shortest = lines.at(-1) ?? "";
+    const line = [...lines.map((text) => `fetch_wheels: ${text}`), shortest].find(({ length }) => length <= width);
+    this.#isDrawn = true;
+    this.#io.stderr(`\r${line ?? shortest.slice(0, width)}\x1b[K`);
+  }
+
+  #erase(): void {
+    if (this.#isDrawn) this.#io.stderr("\r\x1b[K");
+    this.#isDrawn = false;
+  }
+
+  /** Describes the progress at decreasing lengths; percentage and time left stay. */
+  #progressLines(): string[] {
+    if (this.#received === 0) return ["waiting for data"];
+    const speed = this.#measureRate();
     const total = this.#total ?? 0;
-    const share = total > 0 ? `${Math.floor(100 * this.#received / total)} %`.padStart(5) : "";
-    const size = `${formatBytes(this.#received)}${total > 0 ? ` of ${formatBytes(total)}` : ""}`;
-    const left = total > 0 && speed > 0 ? `, ${Math.ceil((total - this.#received) / speed)} s left` : "";
-    return `fetch_wheels: ${share} ${size}, ${formatBytes(speed)}/s${left}, ${this.#members} members`;
+    const percentage = total > 0 ? `${Math.floor(100 * Math.min(1, this.#received / total))} %` : "";
+    const amount = `${formatBytes(this.#received)}${total > 0 ? ` of ${formatBytes(total)}` : ""}`;
+    const rate = `${formatBytes(speed)}/s`;
+    const seconds = Math.ceil(Math.max(0, total - this.#received) / speed);
+    const duration = `${Math.floor(seconds / 60)}:${String(seconds % 60).padStart(2, "0")}`;
+    const left = total === 0 ? "" : speed === 0 ? "stalled" : `${duration} left`;
+    const choices = [
+      [percentage, amount, rate, left, plural(this.#files, "file")],
+      [percentage, amount, rate, left],
+      [percentage, amount, left],
+      [percentage || amount, left],
+    ];
+    return choices.map((parts) => parts.filter((part) => part !== "").join(", "));
   }
 
-  clear(): void {
-    if (this.#isShown) this.#io.stderr("\r\x1b[K");
-    this.#isShown = false;
+  /** Returns the bytes per second over the last seconds; without data, the rate falls to zero. */
+  #measureRate(): number {
+    const at = performance.now();
+    this.#samples.push({ at, received: this.#received });
+    while (this.#samples.length > 2 && at - (this.#samples[0]?.at ?? at) > RATE_MS) this.#samples.shift();
+    const [first] = this.#samples;
+    return first === undefined || at === first.at ? 0 : (this.#received - first.received) / (at - first.at) * 1000;
   }
 }
 
-function describeResult(result: FetchResult, level: "normal" | "verbose"): string[] {
-  const { files, skipped, dest, output, bytes, seconds, layer } = result;
-  const named = level === "verbose" ? skipped : skipped.filter(({ reason }) => reason.startsWith("it is a "));
-  const lines = named.map(({ path, reason }) => `left out ${quote(path)}: ${reason}`);
-  const wheels = files.filter(({ path }) => path.endsWith(".whl")).length;
-  const count = (number: number, noun: string) => `${number} ${noun}${number === 1 ? "" : "s"}`;
-  const what = dest === null
-    ? "the tarball"
-    : `${count(wheels, "wheel")}, ${count(files.length - wheels, "other file")}`;
-  if (dest === null && output === null) return lines;
-  const where = dest ?? (output === "-" ? "stdout" : output);
-  const origin = layer === null ? "" : ` from ${layer.digest}`;
-  return [...lines, `${what}, ${formatBytes(bytes)} in ${seconds.toFixed(1)} s, to ${where}${origin}`];
+function everyInterval(milliseconds: number, callback: () => void): Disposable {
+  const timer = setInterval(callback, milliseconds);
+  return { [Symbol.dispose]: () => clearInterval(timer) };
+}
+
+function describeEvent(event: Exclude<ProgressEvent, { type: "bytes" | "extracted" | "warning" }>): string {
+  switch (event.type) {
+    case "request": {
+      const { method, url, status, bytes, range, ms } = event;
+      const size = bytes === undefined ? undefined : plural(bytes, "byte");
+      return `${method} ${url}: ${[status, size, range].filter((part) => part !== undefined).join(", ")}, ${ms} ms`;
+    }
+    case "retry": {
+      const { reason, delayMs, attempt, retries } = event;
+      return `${reason}; retrying in ${(delayMs / 1000).toFixed(1)} s (${attempt}/${retries})`;
+    }
+    case "resolved": {
+      const { image, layers, platform } = event;
+      const [layer] = layers;
+      const bytes = layers.reduce((sum, { size }) => sum + (size ?? 0), 0);
+      const what = layers.length === 1 && layer !== undefined
+        ? `layer ${layer.index} of ${layer.count}, ${layer.digest}`
+        : `${layers.length} of ${plural(layer?.count ?? 0, "layer")}`;
+      const name = `${formatReference(image)}${platform === null ? "" : ` for ${platform}`}`;
+      return `${name}: ${what}${bytes === 0 ? "" : `, ${formatBytes(bytes)}`}`;
+    }
+    case "verified":
+      return `signature of ${event.digest} verified with ${quote(event.key)}`;
+    case "cached":
+      return `${event.digest}, ${formatBytes(event.size)}, found in the cache`;
+  }
 }
 
 function formatBytes(bytes: number): string {
@@ -3750,45 +5098,334 @@ function formatBytes(bytes: number): string {
   return `${(bytes / 1000 ** power).toFixed(power === 0 ? 0 : 1)} ${units[power]}`;
 }
 
-async function writeText(stream: WritableStream<Uint8Array>, text: string): Promise<void> {
-  const writer = stream.getWriter();
-  await writer.write(new TextEncoder().encode(text)).catch((error) => {
-    throw diskError("write", "stdout", error);
-  });
-  writer.releaseLock();
+/** Returns the lines after a success. The last one names the image by digest, to be used as a source. */
+function describeResult(result: FetchResult, { verbose }: CommandOptions): string[] {
+  const { files, skipped, dest, output, bytes, seconds, layers, image, resolved } = result;
+  const lines = skipped.filter(({ reason }) => verbose || reason.startsWith(UNSUPPORTED))
+    .map(({ path, reason }) => `skipped ${quote(path)}: ${reason}`);
+  const wheels = files.filter(({ path }) => path.endsWith(".whl")).length;
+  const what = output === null
+    ? `${plural(wheels, "wheel")}, ${plural(files.length - wheels, "other file")}`
+    : "the tarball";
+  const where = dest ?? (output === "-" ? "stdout" : output);
+  const origin = layers.length === 1 ? layers[0]?.digest : plural(layers.length, "layer");
+  const from = layers.length === 0 ? "" : ` from ${origin}`;
+  if (where !== null) lines.push(`${what}, ${formatBytes(bytes)} in ${seconds.toFixed(1)} s, to ${where}${from}`);
+  if (image !== null && resolved !== null) {
+    const { registry, repository } = image;
+    lines.push(`resolved ${formatReference({ registry, repository, digest: resolved.digest })}`);
+  }
+  return lines;
 }
 
-function sayOnStderr(text: string): void {
+/** The options as commander leaves them: the module's, and those that only a command line has. */
+type CommandOptions =
+  & Omit<FetchWheelsOptions, "output" | "mirrors" | "layers" | "verifyKeys">
+  & { output?: string; mirror: string[]; layer?: string[]; verifyKey: string[]; wheelsFile: string }
+  & { passwordStdin?: boolean; json?: boolean; progress: boolean; quiet?: boolean; verbose?: boolean };
+
+const HELP_AFTER = `
+SOURCE is an image (loci/requirements:master-ubuntu_jammy,
+registry:5000/ns/name@sha256:...), an http(s):// URL of a tarball, a path that
+begins with /, ./ or ../, or, without a network, oci:DIR[:TAG],
+oci-archive:FILE[:TAG] or docker-archive:FILE. Without SOURCE, $WHEELS is used;
+without that, the first line of the wheels file.
+REGISTRY_USERNAME and REGISTRY_PASSWORD give credentials; without them, those
+of docker login and podman login are used. HTTPS_PROXY, HTTP_PROXY, ALL_PROXY
+and NO_PROXY are honoured. An option wins over its environment variable, and
+WHEELS_DEST over WHEELS_DIR.
+
+Examples:
+  fetch_wheels -d wheels loci/requirements:master-ubuntu_jammy
+  fetch_wheels --ca-file ca.pem -d wheels registry.example:5000/ns/wheels:1.0
+  fetch_wheels -o - registry.example:5000/ns/wheels:1.0 | tar tz
+
+Exit status: 0 done, 1 a bug, 2 usage, 3 not found, 4 credentials, 5 network,
+6 integrity, 7 unsafe archive, 8 disk, 130 SIGINT, 143 SIGTERM`;
+
+/** Returns the options in their groups. The description of an option names its environment variable as `($NAME)`. */
+function optionGroups(): Record<string, Option[]> {
+  const option = (flags: string, description: string) => new Option(flags, description);
+  const repeated = (flags: string, description: string) =>
+    option(flags, description).argParser((text, before: string[] = []) => [...before, text]);
+  // A text that is not a number becomes NaN, which the check of the range rejects.
+  const number = (flags: string, description: string) =>
+    option(flags, description).argParser((text) => text.trim() === "" ? NaN : Number(text));
+  // deno-fmt-ignore -- a table: one option, one line
+  return {
+    "Source:": [
+      option("--platform <os/arch[/variant]>", "choose this from a multi-platform image"),
+      repeated("--layer <which>", "N (1 is the base), last, a digest, or all (repeatable)").default(undefined, "last"),
+      option("--wheels-file <file>", "file that remembers the source").default(DEFAULT_WHEELS_FILE),
+    ],
+    "Destination:": [
+      option("-d, --dest <dir>", "extract here ($WHEELS_DIR)").default(DEFAULT_DEST),
+      option("-o, --output <file>", "write the tarball as it is; - is stdout ($WHEELS_DEST)"),
+      repeated("--include <glob>", "extract only these (repeatable)").default([], "all"),
+      repeated("--exclude <glob>", "skip these, besides .* (repeatable)").default([], "none"),
+      number("--strip-components <n>", "drop leading components of paths").default(0),
+      option("--clean", "replace DEST instead of adding to it"),
+      option("--unpin <name>", "drop NAME===... from upper-constraints.txt ($PROJECT)"),
+    ],
+    "Registry:": [
+      option("--username <name>", "user name for the registry ($REGISTRY_USERNAME)"),
+      option("--password-stdin", "read the password from stdin"),
+      option("--protocol <name>", "http, https, or detect: https if possible ($REGISTRY_PROTOCOL)").default("detect"),
+      option("--ca-file <pem>", "trust these certificates, too ($REGISTRY_CA_FILE)"),
+      option("--insecure", "accept any certificate ($REGISTRY_INSECURE)"),
+      repeated("--verify-key <pem>", "require a signature by this key (repeatable) ($FETCH_WHEELS_VERIFY_KEY)").default([], "none"),
+    ],
+    "Network:": [
+      repeated("--mirror <url>", "ask this registry first (repeatable) ($REGISTRY_MIRROR)").default([], "none"),
+      option("--cache <dir>", "keep and reuse blobs by digest ($FETCH_WHEELS_CACHE)"),
+      number("--connections <n>", "maximum number of connections for a download").default(DEFAULT_CONNECTIONS),
+      number("--retries <n>", "retries after a transient failure").default(DEFAULT_RETRIES),
+      number("--timeout <seconds>", "give up if no data arrives for so long").default(DEFAULT_TIMEOUT),
+    ],
+    "Output:": [
+      option("--list", "print sizes and paths; extract nothing"),
+      option("--dry-run", "resolve only; download no layer"),
+      option("--json", "print one JSON document"),
+      option("--no-progress", "show no progress on a terminal"),
+      option("-q, --quiet", "print errors and warnings only"),
+      option("-v, --verbose", "print each request"),
+    ],
+  };
+}
+
+/** Returns the source and the options, or the text of help or version. */
+function readCommandLine(args: string[], io: Io): string | { source?: string; options: CommandOptions } {
+  let text = "";
+  const command = new Command("fetch_wheels")
+    .usage("[OPTIONS] [SOURCE]")
+    .description("Fetches the final layer of a container image and leaves its wheels in a directory.")
+    .argument("[source]", "image, URL or path")
+    .allowExcessArguments() // checked below, in this program's words
+    .version(`fetch_wheels ${VERSION}`, "-V, --version", "print the version")
+    .helpOption("-h, --help", "print this help")
+    .addHelpText("after", HELP_AFTER)
+    .exitOverride()
+    .configureOutput({ writeOut: (part) => text += part, writeErr: () => {} })
+    .configureOutput({ getOutHelpWidth: () => 80, getOutHasColors: () => false });
+  for (const [heading, group] of Object.entries(optionGroups())) {
+    for (const option of group) command.addOption(option.helpGroup(heading));
+  }
+  try {
+    command.parse(args, { from: "user" });
+    const words = command.args.join(" ");
+    if (words === "help" || words === "version") command.parse([`--${words}`], { from: "user" });
+  } catch (error) {
+    if (error instanceof CommanderError && error.exitCode === 0) return text;
+    throw error instanceof CommanderError ? commandLineError(error) : error;
+  }
+  for (const option of command.options) {
+    const variable = /\(\$(\w+)\)$/.exec(option.description)?.[1];
+    const value = variable === undefined ? undefined : io.env(variable);
+    if (!value || command.getOptionValueSource(option.attributeName()) === "cli") continue;
+    command.setOptionValueWithSource(option.attributeName(), parseVariable(option, value), "env");
+  }
+  const options = command.opts<CommandOptions>();
+  checkConflicts(command, options, io);
+  return { source: command.args[0], options };
+}
+
+/** Reads a variable's value as LOCI does (`yes`, `true`, `t` and `1` are true), and lists as words. */
+function parseVariable(option: Option, text: string): unknown {
+  if (option.isBoolean()) return /^(?:yes|true|t|1)$/i.test(text.trim());
+  return Array.isArray(option.defaultValue) ? text.trim().split(/\s+/) : text;
+}
+
+/** Puts commander's words into this program's. The value of an unknown option may be a secret. */
+function commandLineError({ message }: CommanderError): FetchWheelsError {
+  const [words = "", suggestion] = message.replace(/^error: |=.*?(?='$|'\n)/g, "").replaceAll("'", '"').split("\n");
+  return usageError(`Cannot parse the command line: ${words}`, { hint: suggestion?.replace(/^\(D(.*)\)$/, "d$1") });
+}
+
+function checkConflicts(command: Command, options: CommandOptions, io: Io): void {
+  const isGiven = (name: string) => command.getOptionValueSource(name) === "cli";
+  const { quiet, verbose, list, dryRun, json, username, passwordStdin, dest, protocol = "" } = options;
+  if (isGiven("dest") && !isGiven("output")) options.output = undefined;
+  const isStdout = options.output === "-" && !list && !dryRun;
+  const sources = command.args.length;
+  const protocolName = isGiven("protocol") ? "--protocol" : "$REGISTRY_PROTOCOL";
+  // deno-fmt-ignore -- a table: one rule, one line
+  const rules: [isBroken: boolean | undefined, message: string, hint?: string][] = [
+    [sources > 1, `Cannot use ${sources} sources: expected one`],
+    [isGiven("dest") && isGiven("output"), "Cannot use --dest with --output: choose one destination"],
+    [quiet && verbose, "Cannot use --quiet with --verbose: choose one"],
+    [list && dryRun, "Cannot use --list with --dry-run: choose one"],
+    [dest === "", "Cannot use --dest: its value is empty"],
+    [options.output === "", "Cannot use --output: its value is empty"],
+    [!/^(?:https?|detect)$/.test(protocol), `Cannot use ${protocolName} ${quote(protocol)}: expected http, https or detect`],
+    [passwordStdin && !username, "Cannot use --password-stdin without --username", PASSWORD_HINT],
+    [json && isStdout, "Cannot use --json with --output -: both write to stdout"],
+    [isStdout && io.isStdoutTerminal, "Cannot write the tarball to stdout: it is a terminal", "redirect it, or force it with --output /dev/stdout"],
+  ];
+  for (const [isBroken, message, hint] of rules) {
+    if (isBroken) throw usageError(message, { hint });
+  }
+}
+
+/** A tarball's name without "./" would be an image's name. */
+function checkSource(source: string): void {
+  if (!/^[^/.:@][^:@]*\.(?:tar|tgz|tar\.\w+|whl)$/.test(source)) return;
+  if (!isGranted({ name: "read", path: source }) || !fs.existsSync(source)) return;
+  const message = `Cannot use source ${quote(source)}: it would be an image's name`;
+  throw usageError(message, { hint: `for the file, write ./${source}` });
+}
+
+async function toFetchOptions(options: CommandOptions, io: Io): Promise<FetchWheelsOptions> {
+  const isStdout = options.output === "-" || options.output === "/dev/stdout";
+  const password = options.passwordStdin ? await readPassword(io) : io.env("REGISTRY_PASSWORD") || undefined;
+  return {
+    ...options,
+    mirrors: options.mirror,
+    layers: options.layer,
+    verifyKeys: options.verifyKey,
+    password: password?.replace(/\r?\n$/, ""), // BuildKit keeps the line break at the end of a secret
+    authConfig: io.env("DOCKER_AUTH_CONFIG") || undefined,
+    authFiles: authFiles(io),
+    output: isStdout ? io.stdout : options.output,
+    env: io.env,
+    signal: io.signal,
+    workerUrl: io.workerUrl,
+  };
+}
+
+/** Returns the files in which `podman login` and `docker login` keep credentials, in the order of precedence. */
+function authFiles(io: Io): string[] {
+  const home = io.env("HOME");
+  const runtime = io.env("XDG_RUNTIME_DIR");
+  const config = io.env("XDG_CONFIG_HOME") || (home && join(home, ".config"));
+  const docker = io.env("DOCKER_CONFIG") || (home && join(home, ".docker"));
+  return [
+    io.env("REGISTRY_AUTH_FILE"),
+    runtime && join(runtime, "containers/auth.json"),
+    config && join(config, "containers/auth.json"),
+    docker && join(docker, "config.json"),
+  ].filter((file): file is string => file !== undefined && file !== "");
+}
+
+async function readPassword({ stdin, promptPassword, signal = new AbortController().signal }: Io): Promise<string> {
+  const password = promptPassword?.("Password: ") ??
+    new Response(stdin as ReadableStream<Uint8Array<ArrayBuffer>>).text();
+  return await untilAborted(password, signal);
+}
+
+function readWheelsFile(file: string): string {
+  const text = onDisk("read", file, () => fs.existsSync(file) ? fs.readFileSync(file, "utf8") : undefined);
+  const line = text?.split("\n")[0]?.trim();
+  if (line) return line;
+  const action = text === undefined ? `create ${file}` : `write an image into ${file}`;
+  throw usageError(`no image given: pass SOURCE, set $WHEELS, or ${action}`);
+}
+
+/** Leaves the source for the next step of the build, as LOCI does. The wheels are there, so a failure is only a warning. */
+function rememberSource(source: string, file: string, output: Output): void {
+  if (!isGranted({ name: "read", path: dirname(file) }) || !isGranted({ name: "write", path: file })) return;
+  try {
+    if (fs.existsSync(dirname(file))) fs.writeFileSync(file, `${source}\n`);
+  } catch (error) {
+    const { message } = toDiskError(error, `Cannot write ${quote(file)}`) as Error;
+    output.log(`warning: ${message.split("\n")[0]}; the source is not remembered`);
+  }
+}
+
+const PERMISSIONS = "--allow-net --allow-read --allow-write --allow-env='WHEELS*,PROJECT,REGISTRY_*,FETCH_WHEELS_*," +
+  "DOCKER_*,XDG_*,SSL_CERT_FILE,HOME,PATH,TERM,HTTPS_PROXY,HTTP_PROXY,ALL_PROXY,NO_PROXY,https_proxy,http_proxy," +
+  "all_proxy,no_proxy'";
+
+/** Finds all missing permissions at once, before Deno asks for each of them. */
+function checkPermissions(source: string | undefined, options: CommandOptions, args: string[]): void {
+  const { list, dryRun, cache, caFile, verifyKey, wheelsFile, output, dest = DEFAULT_DEST } = options;
+  const parsed = source === undefined ? { kind: "file" as const, path: wheelsFile } : parseSource(source);
+  const isStaged = !list && !dryRun && !/^(?:-|\/dev\/.*)$/.test(output ?? "");
+  const isPath = (path: string | undefined) => path !== undefined;
+  const written = [cache, isStaged ? join(output ?? dest, "..") : undefined].filter(isPath);
+  const read = [...written, ...verifyKey, caFile, "path" in parsed ? parsed.path : undefined].filter(isPath);
+  const urls = options.mirror.map(parseMirror);
+  if (parsed.kind === "url") urls.push(parsed.url);
+  if (parsed.kind === "image") {
+    const { registry } = parsed.image;
+    urls.push(new URL(`${options.protocol === "http" ? "http" : "https"}://${registry === HUB ? HUB_HOST : registry}`));
+  }
+  const hostAndPort = ({ hostname, port, protocol }: URL) => `${hostname}:${port || (protocol === "http:" ? 80 : 443)}`;
+  const variables = /'(.*)'/.exec(PERMISSIONS)?.[1]?.split(",") ?? [];
+  const descriptors: Deno.PermissionDescriptor[] = [
+    ...urls.map((url) => ({ name: "net", host: hostAndPort(url) }) as const),
+    ...read.map((path) => ({ name: "read", path }) as const),
+    ...written.map((path) => ({ name: "write", path }) as const),
+    ...variables.map((variable) => ({ name: "env", variable }) as const),
+  ];
+  const missing = new Set(descriptors.filter((each) => !isGranted(each)).map(({ name }) => `--allow-${name}`));
+  if (missing.size === 0) return;
+  const command = [import.meta.filename ?? import.meta.url, ...args.map(withoutSecrets)].map((word) =>
+    /^[\w./:@=+,-]+$/.test(word) ? word : `'${word.replaceAll("'", "'\\''")}'`
+  );
+  const hint = `deno run ${PERMISSIONS} ${command.join(" ")}`;
+  throw usageError(`Deno does not allow what is needed: ${[...missing].join(", ")}`, { hint });
+}
+
+function isGranted(descriptor: Deno.PermissionDescriptor): boolean {
+  return Deno.permissions.querySync(descriptor).state === "granted";
+}
+
+/** Reads a line from a terminal without showing it. */
+async function promptPassword(question: string): Promise<string> {
+  Deno.stdin.setRaw(true, { cbreak: true }); // Ctrl-C still works
+  try {
+    writeStderr(question);
+    const decoder = new TextDecoder();
+    const buffer = new Uint8Array(1024);
+    let typed = "";
+    for (let length: number | null = 0; length !== null && !/[\r\n]/.test(typed);) {
+      length = await Deno.stdin.read(buffer);
+      typed += decoder.decode(buffer.subarray(0, length ?? 0), { stream: true });
+    }
+    typed = typed.replace(/[\r\n].*$/s, "");
+    while (/[\x7f\b]/.test(typed)) typed = typed.replace(/.?[\x7f\b]/su, ""); // what a backspace removes
+    return typed;
+  } finally {
+    Deno.stdin.setRaw(false);
+    writeStderr("\n");
+  }
+}
+
+function writeStderr(text: string): void {
   try {
     Deno.stderr.writeSync(new TextEncoder().encode(text));
   } catch {
-    // nobody listens, or a full disk takes the log: no reason to fail where the wheels are right
+    // A log that is closed, or on a full disk, is not a reason to fail if the wheels are right.
   }
+}
+
+/** Aborts at the first signal, so that everything is cleaned up. A second signal, or the time, ends the process. */
+function abortOnSignals(): AbortSignal {
+  const controller = new AbortController();
+  const kinds = { SIGINT: "interrupted", SIGTERM: "terminated", SIGHUP: "terminated" } as const;
+  for (const [name, kind] of Object.entries(kinds)) {
+    Deno.addSignalListener(name as Deno.Signal, () => {
+      if (controller.signal.aborted) Deno.exit(EXIT_CODES[kind]);
+      controller.abort(new FetchWheelsError(kind, `interrupted (${name}); DEST is unchanged`));
+      setTimeout(() => Deno.exit(EXIT_CODES[kind]), SHUTDOWN_MS);
+    });
+  }
+  return controller.signal;
 }
 
 if (isWorker()) {
   await serveExtraction();
 } else if (import.meta.main) {
-  const controller = new AbortController();
-  const stop = (kind: "interrupted" | "terminated", name: Deno.Signal) => {
-    const abort = () => {
-      if (controller.signal.aborted) Deno.exit(EXIT_CODES[kind]);
-      controller.abort(new FetchWheelsError(kind, `Cannot go on: ${name} came`));
-      Deno.unrefTimer(setTimeout(() => Deno.exit(EXIT_CODES[kind]), SHUTDOWN_MS));
-    };
-    Deno.addSignalListener(name, abort);
-    return { [Symbol.dispose]: () => Deno.removeSignalListener(name, abort) };
-  };
-  using _interrupt = stop("interrupted", "SIGINT");
-  using _terminate = stop("terminated", "SIGTERM");
-  using _hangUp = stop("terminated", "SIGHUP");
-  Deno.exitCode = await main(Deno.args, {
-    env: (name) => Deno.env.get(name),
+  const status = await main(Deno.args, {
+    env: readEnvironment,
     stdin: Deno.stdin.readable,
     stdout: Deno.stdout.writable,
-    stderr: sayOnStderr,
+    stderr: writeStderr,
     columns: () => Deno.stderr.isTerminal() ? Deno.consoleSize().columns : undefined,
+    isStdoutTerminal: Deno.stdout.isTerminal(),
+    promptPassword: Deno.stdin.isTerminal() ? promptPassword : undefined,
     workerUrl: import.meta.url,
-    signal: controller.signal,
+    signal: abortOnSignals(),
   });
+  Deno.exit(status); // does not wait for anything that was given up
 }

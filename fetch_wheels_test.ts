@@ -12,6 +12,7 @@ import {
   type FetchWheelsOptions,
   findCredentials,
   hostPlatform,
+  type Io,
   main,
   parseChallenges,
   parseImageReference,
@@ -20,19 +21,46 @@ import {
   selectManifest,
 } from "./fetch_wheels.ts";
 import {
+  ANNOTATION,
+  ARTIFACT_MEDIA,
+  type ArtifactFields,
+  type ArtifactLayer,
+  KEY_KINDS,
+  type KeyKind,
+  type MadeArtifact,
+  makeArtifact,
+  makeDirectoryLayer,
+  makeKey,
+  makeSignature,
+  pushSignatures,
+  type SignatureChanges,
+  type SignatureFormat,
+  signatureTag,
+  type SigningKey,
+} from "./testing/artifacts.ts";
+import { fuzz } from "./testing/fuzz.ts";
+import {
+  base256,
+  type Bytes,
   concat,
+  fixChecksum,
   gzip,
   gzipMembers,
+  headerOffsets,
   type MadeImage,
   type MadeManifest,
+  makeDockerArchive,
   makeImage,
   makeIndex,
+  makeOciArchive,
   makeSchema1,
   makeTar,
   makeWheel,
   MEDIA,
   paxRecords,
   rawHeader,
+  type RawHeaderFields,
+  rawMembers,
   rawTar,
   sha256,
   sha512,
@@ -40,21 +68,30 @@ import {
   toBytes,
   zstd,
 } from "./testing/images.ts";
+import { makeAuthority, makeBundle, makeCertificate, makeSignedCertificate } from "./testing/certificates.ts";
 import {
-  type Certificate,
+  isInPath,
+  type ProxyBehavior,
+  startDockerRegistry,
+  startNginx,
+  startProxy,
+  startTinyproxy,
+} from "./testing/proxies.ts";
+import {
   type Fault,
   type LoggedRequest,
-  makeCertificate,
   type RegistryOptions,
   type RequestContext,
   startRegistry,
   type TestRegistry,
 } from "./testing/registry.ts";
-import { createHash, randomBytes } from "node:crypto";
+import { createHash, generateKeyPairSync, type KeyObject, randomBytes } from "node:crypto";
+import { lookup } from "node:dns/promises";
 import { dirname, join } from "node:path";
 import { fileURLToPath } from "node:url";
-import { deflateRawSync } from "node:zlib";
+import { constants, crc32, deflateRawSync, zstdCompressSync } from "node:zlib";
 import denoJson from "./deno.json" with { type: "json" };
+import cosign from "./testing/signatures.json" with { type: "json" };
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Helpers
@@ -72,30 +109,49 @@ function serveImage(options: RegistryOptions = {}, image: MadeImage = IMAGE): Te
   return registry;
 }
 
-/** Fetch the layer's tarball into memory, for linux/amd64, over plain http, without waiting between tries. */
+/** Fetches the layer's tarball into memory, for linux/amd64, over plain http, without delays between retries. */
 async function pull(from: TestRegistry | string, options: FetchWheelsOptions = {}) {
   const source = typeof from === "string" ? from : `${from.host}/ns/wheels:1.0`;
   const chunks: Uint8Array[] = [];
   const output = new WritableStream<Uint8Array>({ write: (chunk) => void chunks.push(chunk) });
-  const delay = () => Promise.resolve();
+  const { delay } = recordDelays();
   const result = await fetchWheels(source, { output, platform: "linux/amd64", protocol: "http", delay, ...options });
   return { ...result, tarball: concat(...chunks) };
 }
 
-/** The error of what must fail, and fail in this way. */
-async function failure(attempt: () => unknown, kind: ErrorKind, message = /^Cannot /): Promise<FetchWheelsError> {
+/** Returns a `delay` that does not wait, and the milliseconds that it was called with. */
+function recordDelays(): { delays: number[]; delay: (milliseconds: number) => Promise<void> } {
+  const delays: number[] = [];
+  return { delays, delay: (milliseconds) => Promise.resolve(void delays.push(milliseconds)) };
+}
+
+/**
+ * Asserts that an attempt fails with a `FetchWheelsError` whose message is one line without a full stop.
+ *
+ * @param attempt A promise, or a function that throws or returns a promise
+ * @param kind Kind of the error; alternatives are separated by `|`
+ * @param message What the message must match
+ */
+async function assertFails(attempt: unknown, kind: string, message = /./): Promise<FetchWheelsError> {
   try {
-    await attempt();
+    await (typeof attempt === "function" ? attempt() : attempt);
   } catch (error) {
-    assert(error instanceof FetchWheelsError, `not one of ours: ${error instanceof Error ? error.stack : error}`);
-    assert.equal(error.kind, kind, error.message);
+    assert(
+      error instanceof FetchWheelsError,
+      `not a FetchWheelsError: ${error instanceof Error ? error.stack : error}`,
+    );
+    assert(kind.split("|").includes(error.kind), `expected ${kind}, got ${error.kind}: ${error.message}`);
+    assert.match(error.message, /^.*[^.]$/); // without the s flag: one line
     assert.match(error.message, message);
     return error;
   }
-  assert.fail(`this did not fail: ${attempt}`);
+  assert.fail(`expected ${kind}, but it did not fail: ${attempt}`);
 }
 
-/** A hook that wants the token `t`, and hands the token service's requests, at `/token`, to `answer`. */
+/** The same as `assertFails`. */
+const failure = assertFails;
+
+/** A hook that demands the token `t`, and passes requests to the token service, `/token`, to `answer`. */
 function tokenGate(answer: (request: Request) => unknown): RegistryOptions["onRequest"] {
   return (request, { path }) => {
     if (path === "/token") return Response.json(answer(request));
@@ -105,7 +161,7 @@ function tokenGate(answer: (request: Request) => unknown): RegistryOptions["onRe
   };
 }
 
-/** A hook that redirects requests for blobs to where this function says. */
+/** A hook that redirects requests for blobs to the location that `target` returns, if any. */
 function redirectBlobs(target: (path: string) => string | undefined): RegistryOptions["onRequest"] {
   return (_request, { path }) => {
     const location = path.includes("/blobs/") ? target(path) : undefined;
@@ -113,12 +169,12 @@ function redirectBlobs(target: (path: string) => string | undefined): RegistryOp
   };
 }
 
-/** The paths of the requests in which this occurs, each after its origin. */
+/** Returns the requests whose path contains `part`, each as `ORIGIN PATH`. */
 function paths(registry: TestRegistry, part: string): string[] {
   return registry.requests.map(({ origin, path }) => `${origin} ${path}`).filter((path) => path.includes(part));
 }
 
-/** A host where nobody listens. */
+/** Returns a host and port on which nothing listens. */
 async function closedHost(): Promise<string> {
   await using registry = startRegistry();
   return registry.host;
@@ -131,7 +187,7 @@ const isRoot = new TextDecoder().decode(new Deno.Command("id", { args: ["-u"] })
 class Scratch implements Disposable {
   readonly path: string = Deno.realPathSync(Deno.makeTempDirSync({ prefix: "fetch_wheels_test-" }));
 
-  /** A path in it; with contents, a file is there. */
+  /** Returns a path in the directory; with contents, creates the file. */
   at(name: string, contents?: string | Uint8Array): string {
     const path = join(this.path, name);
     if (contents === undefined) return path;
@@ -145,7 +201,7 @@ class Scratch implements Disposable {
   }
 }
 
-/** All that a directory holds: what each path is, its mode, and its contents or its target. */
+/** Describes each path below a directory: its type, its mode, and the digest of its contents or its target. */
 function snapshot(dir: string, prefix = ""): Record<string, string> {
   const all: Record<string, string> = {};
   for (const { name } of Deno.readDirSync(dir)) {
@@ -160,7 +216,7 @@ function snapshot(dir: string, prefix = ""): Record<string, string> {
   return all;
 }
 
-/** The files below a directory with their text, links with `-> ` and their target, directories with `/`. */
+/** Returns the text of each file below a directory; links have `-> ` and their target, directories have `/`. */
 function contents(dir: string): Record<string, string> {
   const texts = Object.entries(snapshot(dir)).map(([path, entry]) => {
     if (entry.startsWith("link")) return [path, `-> ${Deno.readLinkSync(join(dir, path))}`];
@@ -169,20 +225,12 @@ function contents(dir: string): Record<string, string> {
   return Object.fromEntries(texts);
 }
 
-/** Asserts that a fetch fails as it should: `kind` may name alternatives, as in `io|unsafe`. */
-async function assertFails(fetching: Promise<FetchResult>, kind: string): Promise<FetchWheelsError> {
-  const error = await fetching.then(
-    ({ files }) => assert.fail(`no ${kind}: ${JSON.stringify(files)} came`),
-    (error) => error,
-  );
-  assert(error instanceof FetchWheelsError, `no FetchWheelsError: ${error?.stack ?? error}`);
-  assert(kind.split("|").includes(error.kind), `${kind} expected: ${error.kind}, ${error.message}`);
-  assert.match(error.message, /^Cannot .*[^.]$/); // without the s flag: one line
-  return error;
-}
-
-/** Asserts that a source is refused, and that DEST and all beside it stay as they are, whether it is there or not. */
-async function assertRefused(source: string, kind: string, options: FetchWheelsOptions = {}): Promise<void> {
+/**
+ * Asserts that a source is rejected, and that DEST and everything beside it is unchanged, whether DEST exists or not.
+ * `failure` is the error's kind, and after a colon words of its message or hint: `integrity: not selected`.
+ */
+async function assertRefused(source: string, failure: string, options: FetchWheelsOptions = {}): Promise<void> {
+  const [kind = "", words = ""] = failure.split(": ");
   using scratch = new Scratch();
   scratch.at("beside", "beside");
   scratch.at("there/good.whl", "old");
@@ -191,21 +239,25 @@ async function assertRefused(source: string, kind: string, options: FetchWheelsO
   Deno.chmodSync(scratch.at("there/good.whl"), 0o640);
   const before = snapshot(scratch.path);
   for (const dest of ["there", "absent", "absent/below"]) {
-    await assertFails(fetchWheels(source, { retries: 0, ...options, dest: scratch.at(dest) }), kind);
+    const attempt = fetchWheels(source, { retries: 0, ...options, dest: scratch.at(dest) });
+    const { message, hint } = await assertFails(attempt, kind);
+    assert(`${message} ${hint}`.includes(words), `expected "${words}": ${message}, ${hint}`);
     assert.deepEqual(snapshot(scratch.path), before, dest);
   }
 }
 
-/** Serves a layer in an image of its own, whose manifest may say something else of it; returns the reference. */
+/**
+ * Serves an image of one layer, which its manifest may describe wrongly; returns the reference. It has no configuration,
+ * so that the layer is the only blob that is requested.
+ */
 function serveLayer(
   registry: TestRegistry,
   layer: Uint8Array<ArrayBuffer>,
-  said: { digest?: string; size?: number; mediaType?: string } = {},
+  described: { digest?: string; size?: number; mediaType?: string } = {},
 ): string {
-  const { digest = sha256(layer), size = layer.length, mediaType = MEDIA.ociLayerGzip } = said;
-  const config = { mediaType: MEDIA.ociConfig, digest: registry.pushBlob(toBytes("{}")), size: 2 };
+  const { digest = sha256(layer), size = layer.length, mediaType = MEDIA.ociLayerGzip } = described;
   const layers = [{ mediaType, digest: registry.pushBlob(layer, digest), size }];
-  const manifest = JSON.stringify({ schemaVersion: 2, mediaType: MEDIA.ociManifest, config, layers });
+  const manifest = JSON.stringify({ schemaVersion: 2, mediaType: MEDIA.ociManifest, layers });
   registry.pushManifest("ns/wheels", "1.0", toBytes(manifest), MEDIA.ociManifest);
   return `${registry.host}/ns/wheels:1.0`;
 }
@@ -213,12 +265,42 @@ function serveLayer(
 const GOOD: TarMember[] = [{ name: "a.whl", data: "wheel" }, { name: "sub/b.txt", data: "text" }];
 const GOOD_CONTENTS = { "a.whl": "wheel", "sub": "/", "sub/b.txt": "text" };
 
+// Archives that makeTar() does not make: members with any header, in any order.
+
+type Parts = (string | Uint8Array | Parts)[];
+
+function tarOf(...parts: Parts): Uint8Array<ArrayBuffer> {
+  return rawTar(...flatParts(parts));
+}
+
+function flatParts(parts: Parts): (string | Uint8Array)[] {
+  return parts.flatMap((part) => Array.isArray(part) ? flatParts(part) : [part]);
+}
+
+function file(name: string, data = name, fields = {}): Parts {
+  return [rawHeader({ name, size: data.length, ...fields }), data];
+}
+
+function symlink(name: string, linkname: string): Parts {
+  return [rawHeader({ name, linkname, typeflag: "2" })];
+}
+
+function hardlink(name: string, linkname: string): Parts {
+  return [rawHeader({ name, linkname, typeflag: "1" })];
+}
+
+function directory(name: string, mode = 0o755): Parts {
+  return [rawHeader({ name, typeflag: "5", mode })];
+}
+
 interface Surroundings {
   env?: Record<string, string>;
   stdin?: string;
   cwd?: string;
   /** A program and its arguments that start the process. */
   through?: string[];
+  /** Parts of the `Io` that replace those of a run in this process. */
+  io?: Partial<Io>;
 }
 
 interface Outcome {
@@ -229,8 +311,8 @@ interface Outcome {
   lines: string[];
 }
 
-/** Runs the command line in this process. No wheels file is there, unless the arguments name one. */
-async function run(args: string[], { env = {}, stdin = "" }: Surroundings = {}): Promise<Outcome> {
+/** Runs the command line in this process. Without `--wheels-file` among the arguments, there is no wheels file. */
+async function run(args: string[], { env = {}, stdin = "", io = {} }: Surroundings = {}): Promise<Outcome> {
   const chunks: Uint8Array[] = [];
   let stderr = "";
   const code = await main(["--wheels-file", "/nowhere/wheels", ...args], {
@@ -238,16 +320,22 @@ async function run(args: string[], { env = {}, stdin = "" }: Surroundings = {}):
     stdin: ReadableStream.from([toBytes(stdin)]),
     stdout: new WritableStream({ write: (chunk) => void chunks.push(chunk) }),
     stderr: (text) => void (stderr += text),
+    ...io,
   });
   return outcome(code, concat(...chunks), stderr);
 }
 
 const PERMISSIONS = ["--no-prompt", "--allow-net", "--allow-read", "--allow-write", "--allow-env"];
 
-/** Starts deno in a process of its own. */
+/** Starts Deno in a process. */
 function spawnDeno(args: string[], { env = {}, cwd, through = [] }: Surroundings = {}): Deno.ChildProcess {
   const [command = "", ...rest] = [...through, Deno.execPath(), ...args];
-  const options = { args: rest, env: { NO_COLOR: "1", ...env }, cwd, stdin: "null" as const };
+  const options = {
+    args: rest,
+    env: { NO_COLOR: "1", DENO_NO_UPDATE_CHECK: "1", ...env },
+    cwd,
+    stdin: "null" as const,
+  };
   return new Deno.Command(command, { ...options, stdout: "piped", stderr: "piped" }).spawn();
 }
 
@@ -256,10 +344,21 @@ async function runDeno(args: string[], surroundings?: Surroundings): Promise<Out
   return outcome(code, stdout, new TextDecoder().decode(stderr));
 }
 
-/** Whatever is said is said in whole lines that tell who says it. */
+/** Starts the program in a process, by default with all the permissions that it needs. */
+function spawnProgram(args: string[], surroundings?: Surroundings, permissions = PERMISSIONS): Deno.ChildProcess {
+  return spawnDeno(["run", ...permissions, PROGRAM, "--wheels-file", "/nowhere/wheels", ...args], surroundings);
+}
+
+/** Runs the program in a process, by default with all the permissions that it needs. */
+async function runProgram(args: string[], surroundings?: Surroundings, permissions = PERMISSIONS): Promise<Outcome> {
+  const { code, stdout, stderr } = await spawnProgram(args, surroundings, permissions).output();
+  return outcome(code, stdout, new TextDecoder().decode(stderr));
+}
+
+/** Asserts that stderr consists of whole lines with the program's name. */
 function outcome(code: number, stdout: Uint8Array, stderr: string): Outcome {
   const lines = stderr.split("\n");
-  assert.equal(lines.pop(), "", `an unfinished line: ${stderr}`);
+  assert.equal(lines.pop(), "", `stderr does not end with a line break: ${stderr}`);
   for (const line of lines) assert.match(line, /^fetch_wheels: ./);
   return { code, stdout: new TextDecoder().decode(stdout), bytes: stdout, stderr, lines };
 }
@@ -272,13 +371,13 @@ function isInstalled(program: string): boolean {
   }
 }
 
-/** Noise, so that no byte can stand for another. It is no archive, which only an extraction minds. */
+/** Random bytes, in which no range equals another. They are not an archive. */
 const NOISE = new Uint8Array(randomBytes(200_000));
 
 const LARGE_SIZE = (40 << 20) + 4321;
 let large: { bytes: Uint8Array<ArrayBuffer>; digest: string; wheel: string } | undefined;
 
-/** An archive of some ranges with one wheel in it, made when it is first needed. */
+/** Returns an archive of several ranges that holds one wheel; made once. */
 function largeLayer(): NonNullable<typeof large> {
   if (large !== undefined) return large;
   const wheel = randomBytes(LARGE_SIZE);
@@ -291,25 +390,25 @@ function serveLarge(registry: TestRegistry): string {
   return serveLayer(registry, bytes, { digest, mediaType: MEDIA.ociLayer });
 }
 
-/** What was asked of the blob: the ranges, undefined for all of it. With storage, of that. */
+/** Returns the ranges of the requests for blobs (at the storage if there is one); undefined is a request for all. */
 function askedRanges({ requests, storageUrl }: TestRegistry): (string | undefined)[] {
   const isBlob = ({ origin, path }: LoggedRequest) =>
     storageUrl === undefined ? path.includes("/blobs/") : origin === "storage";
   return requests.filter(isBlob).map(({ range }) => range);
 }
 
-/** The first and last byte of a closed range. */
+/** Returns the first and last byte of a closed range. */
 function limits(range: string | undefined): [first: number, last: number] {
-  const [, first, last] = /^bytes=(\d+)-(\d+)$/.exec(range ?? "") ?? assert.fail(`no closed range: ${range}`);
+  const [, first, last] = /^bytes=(\d+)-(\d+)$/.exec(range ?? "") ?? assert.fail(`not a closed range: ${range}`);
   return [Number(first), Number(last)];
 }
 
-/** Faults of each request for the blob, one after the other; none after the last. */
+/** Returns a function that gives each request for a blob the next faults, and none after the last. */
 function blobFaults(...faults: Fault[][]): (context: RequestContext) => Fault[] {
   return ({ path, count }) => /\/blobs\/|^\/data\//.test(path) ? faults[count - 1] ?? [] : [];
 }
 
-/** As deepEqual, but quick where there is a lot. */
+/** Compares bytes; faster than deepEqual. */
 function assertSame(actual: Uint8Array, expected: Uint8Array, message?: string): void {
   assert.equal(actual.length, expected.length, message);
   assert(Buffer.compare(actual, expected) === 0, message ?? "the bytes differ");
@@ -320,7 +419,28 @@ async function waitFor(condition: () => boolean | Promise<boolean>): Promise<voi
     if (await condition()) return;
     await new Promise((resolve) => setTimeout(resolve, 20));
   }
-  assert.fail(`did not come to pass: ${condition}`);
+  assert.fail(`timed out waiting for ${condition}`);
+}
+
+/** Writes an OCI layout with these images and tagged manifests; returns its source. */
+function writeLayout(scratch: Scratch, images: MadeImage[], tagged: Record<string, MadeManifest>): string {
+  const put = (bytes: Uint8Array) => void scratch.at(`layout/blobs/sha256/${sha256(bytes).split(":")[1]}`, bytes);
+  for (const { manifest, blobs } of images) [manifest, ...blobs.values()].forEach(put);
+  const manifests = Object.entries(tagged).map(([tag, { manifest, descriptor }]) => {
+    put(manifest);
+    return { ...descriptor, annotations: { "org.opencontainers.image.ref.name": tag } };
+  });
+  scratch.at("layout/oci-layout", JSON.stringify({ imageLayoutVersion: "1.0.0" }));
+  scratch.at("layout/index.json", JSON.stringify({ schemaVersion: 2, manifests }));
+  return `oci:${scratch.at("layout")}`;
+}
+
+/** Builds an image with one wheel for an architecture in its final layer. */
+async function makeWheelsImage(architecture: string): Promise<MadeImage> {
+  const { filename, bytes } = makeWheel({ name: `for-${architecture}`, version: "1.0" });
+  const base = gzip(await makeTar([{ name: "etc/os-release", data: "ID=test\n" }]));
+  const layer = gzip(await makeTar([{ name: filename, data: bytes }, { name: ".wh.old" }]));
+  return makeImage({ architecture, layers: [base, layer] });
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -348,8 +468,6 @@ Deno.test("parseImageReference() reads names as docker pull does", () => {
     ["MyHost/x", "MyHost", "x", "latest"],
     ["10.0.0.1/x", "10.0.0.1", "x", "latest"],
     ["[::1]:5000/x:1", "[::1]:5000", "x", "1"],
-    ["[2001:db8::1]/x", "[2001:db8::1]", "x", "latest"],
-    ["q.io/a.b/c_d/e__f/g---h", "q.io", "a.b/c_d/e__f/g---h", "latest"],
     [`python@${digest}`, "docker.io", "library/python", undefined, digest],
     [`q.io/x:1@${digest}`, "q.io", "x", "1", digest],
     [`q.io/x@sha512:${HEX}${HEX}`, "q.io", "x", undefined, `sha512:${HEX}${HEX}`],
@@ -363,31 +481,47 @@ Deno.test("parseImageReference() reads names as docker pull does", () => {
   }
 });
 
-Deno.test("parseImageReference() quotes what it refuses and names the rule", async () => {
+Deno.test("parseImageReference() quotes what it rejects and names the rule", async () => {
   const [digest, upper] = [`sha256:${HEX}`, `sha256:${HEX.toUpperCase()}`];
   // deno-fmt-ignore
   const table: [rule: RegExp, texts: string[]][] = [
     [/empty/, [""]],
     [/white space/, [" x", "x y", "x\n"]],
-    [/"docker:\/\/"|"https:\/\/"/, ["docker://x", "https://q.io/x"]],
+    [/scheme/, ["docker://x", "https://q.io/x"]],
     [/lower case/, ["Python", "q.io/ns/Name"]],
     [/tag/, ["x:", "x:-a", "x:.a", "x:a:b", "x:ä", `x:${"t".repeat(129)}`]],
     [/digest/, ["x@", "x@latest", `x@${upper}`, `x@${digest}0`, `x@sha512:${HEX}`, `x@md5:${HEX}`, "user:pass@q.io/x"]],
     [/"@"/, [`x@${digest}@${digest}`]],
     [/missing/, ["q.io/", "q.io:5000/"]],
     [/repository/, ["/x", "a//b", "a/b/", "a/-b", "a/b_", "a/b___c", "a/b..c", "ns/../x", "a/b%2f", "a/b+c"]],
-    [/host/, ["q.io:/x", "q.io:port/x", "q.io:65536/x", "-q.io/x", "::1/x", "[::1/x"]],
+    [/host/, ["q.io:/x", "q.io:port/x", "q.io:0/x", "q.io:65536/x", "-q.io/x", "::1/x", "[::1/x"]],
+    [/host/, ["[2001:db8:3:4::192.0.2.33]:5000/debian", "[fe80::1%eth0]/x"]],
     [/255/, ["a".repeat(248), `q.io/${"a".repeat(256)}`]],
+    [/64 hexadecimal digits/, [HEX, `${HEX}:1`]],
   ];
   for (const [rule, texts] of table) {
     for (const text of texts) {
-      const { message } = await failure(() => parseImageReference(text), "usage", rule);
-      assert(message.includes(JSON.stringify(text)), message);
+      const { message } = await assertFails(() => parseImageReference(text), "usage", rule);
+      assert(message.startsWith(`Cannot parse image reference ${JSON.stringify(text)}: `), message);
     }
   }
 });
 
-Deno.test("parsePlatform() puts platforms into the registries' names", () => {
+Deno.test("parseImageReference() suggests the lower-case name and keeps the tag", async () => {
+  for (
+    const [text, suggestion] of [
+      ["Python", "python"],
+      ["Quay.io/NS/Name:v1-RC", "quay.io/ns/name:v1-RC"],
+      ["localhost:5000/NS/x", "localhost:5000/ns/x"],
+      [`Ns/Name:Tag@sha256:${HEX}`, `ns/name:Tag@sha256:${HEX}`],
+    ] as const
+  ) {
+    const { hint } = await assertFails(() => parseImageReference(text), "usage", /lower case/);
+    assert(hint?.endsWith(` ${suggestion}`), hint);
+  }
+});
+
+Deno.test("parsePlatform() returns the names that registries use", () => {
   const table: [text: string, os: string, architecture: string, variant?: string][] = [
     ["linux/amd64", "linux", "amd64"],
     ["linux/x86_64", "linux", "amd64"],
@@ -396,7 +530,8 @@ Deno.test("parsePlatform() puts platforms into the registries' names", () => {
     ["linux/armhf", "linux", "arm", "v7"],
     ["linux/armel", "linux", "arm", "v6"],
     ["linux/arm/v6", "linux", "arm", "v6"],
-    ["Linux/ARM64", "linux", "arm64"],
+    ["linux/arm/6", "linux", "arm", "v6"],
+    ["Linux/ARM64/V8", "linux", "arm64", "v8"],
     ["windows/amd64", "windows", "amd64"],
     ["linux/constructor", "linux", "constructor"],
   ];
@@ -405,14 +540,14 @@ Deno.test("parsePlatform() puts platforms into the registries' names", () => {
   }
 });
 
-Deno.test("parsePlatform() refuses what is no platform", async () => {
+Deno.test("parsePlatform() rejects malformed text", async () => {
   for (const text of ["", "linux", "linux/", "/amd64", "linux/arm/v7/x", "linux/arm/", "linux amd64", "linux/a b"]) {
-    const error = await failure(() => parsePlatform(text), "usage");
-    assert(error.message.includes(JSON.stringify(text)), error.message);
+    const { message } = await assertFails(() => parsePlatform(text), "usage");
+    assert(message.includes(JSON.stringify(text)), message);
   }
 });
 
-Deno.test("hostPlatform() is Linux for this machine's architecture", () => {
+Deno.test("hostPlatform() is Linux with this machine's architecture", () => {
   assert.deepEqual(hostPlatform("x86_64"), { os: "linux", architecture: "amd64" });
   assert.deepEqual(hostPlatform("aarch64"), { os: "linux", architecture: "arm64" });
   assert.deepEqual(hostPlatform(), hostPlatform(Deno.build.arch));
@@ -426,261 +561,447 @@ const USER = "jörg";
 const PASSWORD = "pa:ss wörd: 密 ";
 const users = { [USER]: PASSWORD };
 const CREDENTIALS = { username: USER, password: PASSWORD };
+const LOGIN = { REGISTRY_USERNAME: USER, REGISTRY_PASSWORD: PASSWORD };
 
-Deno.test("credentials come from stdin or the environment, and are never shown", async () => {
+/** Arguments that write the layer's tarball to stdout. The last of several equal options wins. */
+const TO_STDOUT = ["--protocol", "http", "--platform", "linux/amd64", "--retries", "0", "-o", "-"];
+
+/** Runs the command line, and asserts the exit code and the output of a success. Returns stderr. */
+async function exits(expected: number, args: string[], options?: Surroundings, start = run): Promise<string> {
+  const { code, bytes, stderr } = await start([...TO_STDOUT, ...args], options);
+  assert.equal(code, expected, stderr);
+  if (code === 0) assert.deepEqual(bytes, LAYER);
+  return stderr;
+}
+
+Deno.test("credentials come from stdin or the environment, and are never printed", async () => {
   const other = { REGISTRY_USERNAME: "other", REGISTRY_PASSWORD: "other" };
-  const table: [args: string[], given: { env?: Record<string, string>; stdin?: string }][] = [
+  const table: [args: string[], given: Surroundings][] = [
     [["--username", USER, "--password-stdin"], { stdin: `${PASSWORD}\n` }],
     [["--username", USER, "--password-stdin"], { stdin: PASSWORD, env: other }],
-    [[], { env: { REGISTRY_USERNAME: USER, REGISTRY_PASSWORD: PASSWORD } }],
+    [[], { env: LOGIN }],
   ];
   for (const [args, given] of table) {
     await using registry = serveImage({ auth: "basic", users });
-    const common = ["-v", "-o", "-", "--protocol", "http", `${registry.host}/ns/wheels:1.0`];
-    const { code, bytes, stderr } = await run([...args, ...common], given);
-    assert.equal(code, 0, stderr);
-    assert.deepEqual(bytes, LAYER);
+    const stderr = await exits(0, [...args, "-v", `${registry.host}/ns/wheels:1.0`], given);
     const secrets = ["pa:ss", "密", Buffer.from(`${USER}:${PASSWORD}`).toString("base64")];
     for (const secret of secrets) assert(!stderr.includes(secret), stderr);
   }
 });
 
-Deno.test("half a pair of credentials is a usage error before any request", async () => {
+Deno.test("one trailing newline of REGISTRY_PASSWORD is dropped", async () => {
+  const table: [password: string, value: string, code: number][] = [
+    ["pw", "pw\n", 0],
+    ["pw", "pw", 0],
+    ["pw\n", "pw\n\n", 0],
+    [" pw ", " pw \n", 0],
+    ["pw", "pw\n\n", 4],
+    ["pw", "pw ", 4],
+  ];
+  for (const [password, value, expected] of table) {
+    for (const auth of ["basic", "bearer"] as const) {
+      await using registry = serveImage({ auth, users: { [USER]: password } });
+      await exits(expected, [`${registry.host}/ns/wheels:1.0`], { env: { ...LOGIN, REGISTRY_PASSWORD: value } });
+    }
+  }
+});
+
+Deno.test("a user name without a password, or the reverse, is a usage error before any request", async () => {
   const halves = [{ username: "u" }, { password: "p" }, { username: "", password: "p" }];
-  for (const options of [...halves, { username: "not:sendable", password: "p" }]) {
+  for (const options of [...halves, { username: "with:colon", password: "p" }]) {
     const fetch = () => assert.fail("a request was sent");
     await failure(() => pull("localhost:5000/x", { ...options, fetch }), "usage");
   }
 });
 
 const HOST = "registry.example:5000";
+const HUB_AUTH = "https://index.docker.io/v1/";
 const account = (name: string) => ({ auth: btoa(`${name}:pass:word`) });
-const said = (username: string) => ({ username, password: "pass:word" });
+const decoded = (username: string) => ({ username, password: "pass:word" });
 
-Deno.test("findCredentials() finds what belongs to the registry, and only that", () => {
+Deno.test("findCredentials() finds only entries of the image's registry, the most specific first", () => {
   const umlaut = { auth: Buffer.from("user:pässwörd", "utf8").toString("base64") };
-  const hub = { "https://index.docker.io/v1/": account("hub") };
-  const table: [config: DockerConfig, name: string, expected: Credentials | undefined][] = [
-    [{}, `${HOST}/ns/name`, undefined],
-    [{ auths: { [HOST]: account("a") } }, `${HOST}/ns/name`, said("a")],
-    [{ auths: { [HOST]: umlaut } }, `${HOST}/ns/name`, { username: "user", password: "pässwörd" }],
-    [{ auths: { [`https://${HOST}/v1/`]: account("a") } }, `${HOST}/ns/name`, said("a")],
-    [{ auths: { [`${HOST}/v2/`]: account("a") } }, `${HOST}/ns/name`, said("a")],
-    [{ auths: { "registry.example": account("a") } }, `${HOST}/ns/name`, undefined],
-    [{ auths: { [HOST]: account("a") } }, "registry.example/ns/name", undefined],
-    [{ auths: { [`${HOST}0`]: account("a"), "example:5000": account("b") } }, `${HOST}/ns/name`, undefined],
-    [{ auths: hub }, "docker.io/library/name", said("hub")],
-    [{ auths: { "docker.io": account("hub") } }, "docker.io/library/name", said("hub")],
-    [{ auths: hub }, `${HOST}/index.docker.io/v1`, undefined],
-    [{ auths: { [HOST]: account("a"), [`${HOST}/ns`]: account("b") } }, `${HOST}/ns/name`, said("b")],
-    [{ auths: { [HOST]: account("a"), [`${HOST}/ns/na`]: account("b") } }, `${HOST}/ns/name`, said("a")],
-    [{ auths: { [`${HOST}/ns/name`]: account("c"), [`${HOST}/ns`]: account("b") } }, `${HOST}/ns/name`, said("c")],
-    [{ auths: { [HOST]: { ...account("a"), identitytoken: "t" } } }, `${HOST}/ns/name`, { identityToken: "t" }],
-    [{ auths: { [HOST]: { username: "u", password: "p" } } }, `${HOST}/n`, { username: "u", password: "p" }],
-    [{ auths: { [HOST]: { auth: btoa("no colon") } } }, `${HOST}/n`, undefined],
-    [{ auths: { [HOST]: account("a") }, credsStore: "store" }, `${HOST}/n`, { helper: "store" }],
-    [{ credHelpers: { [HOST]: "own" }, credsStore: "store" }, `${HOST}/n`, { helper: "own" }],
-    [{ credHelpers: { "other.example": "own" }, credsStore: "store" }, `${HOST}/n`, { helper: "store" }],
-    [{ credHelpers: { [HOST]: "" }, auths: { [HOST]: account("a") } }, `${HOST}/n`, said("a")],
+  const hub = { [HUB_AUTH]: account("hub") };
+  const web = { [`${HUB_AUTH}access-token`]: account("access"), [`${HUB_AUTH}refresh-token`]: account("refresh") };
+  const exact = { [HOST]: account("b") };
+  const [image, hubImage] = [`${HOST}/ns/name`, "docker.io/library/name"];
+  const table: [auths: DockerConfig["auths"], name: string, expected: Credentials | undefined][] = [
+    [undefined, image, undefined],
+    [{ [HOST]: account("a") }, image, decoded("a")],
+    [{ [HOST]: umlaut }, image, { username: "user", password: "pässwörd" }],
+    [{ [`https://${HOST}/v1/`]: account("a") }, image, decoded("a")],
+    [{ [`${HOST}/v2/`]: account("a") }, image, decoded("a")],
+    [{ "registry.example": account("a") }, image, undefined],
+    [{ [HOST]: account("a") }, "registry.example/ns/name", undefined],
+    [{ [`${HOST}0`]: account("a"), "example:5000": account("b") }, image, undefined],
+    [hub, hubImage, decoded("hub")],
+    [{ "docker.io": account("hub") }, hubImage, decoded("hub")],
+    [hub, `${HOST}/index.docker.io/v1`, undefined],
+    [{ ...hub, ...web }, hubImage, decoded("hub")],
+    [{ ...web, ...hub }, hubImage, decoded("hub")],
+    [web, hubImage, undefined],
+    [{ [`https://${HOST}/v1/`]: account("a"), ...exact }, image, decoded("b")],
+    [{ ...exact, [`https://${HOST}/v1/`]: account("a") }, image, decoded("b")],
+    [{ [`https://${HOST}`]: account("a"), ...exact }, image, decoded("b")],
+    [{ [HOST]: account("a"), [`${HOST}/ns`]: account("b") }, image, decoded("b")],
+    [{ [HOST]: account("a"), [`${HOST}/ns/na`]: account("b") }, image, decoded("a")],
+    [{ [`${HOST}/ns/name`]: account("c"), [`${HOST}/ns`]: account("b") }, image, decoded("c")],
+    [{ [HOST]: account("a"), [`${HOST}/ns`]: {} }, image, decoded("a")],
+    [{ [HOST]: account("a"), [`${HOST}/ns`]: { auth: "" } }, image, decoded("a")],
+    [{ [`https://${HOST}`]: account("a"), [HOST]: { auth: "" } }, image, decoded("a")],
+    [{ [HOST]: { ...account("a"), identitytoken: "t" } }, image, { identityToken: "t" }],
+    [{ [HOST]: { auth: "", identitytoken: "t" } }, image, { identityToken: "t" }],
+    [{ [HOST]: { ...account("a"), registrytoken: "t" } }, image, { registryToken: "t" }],
+    [{ [HOST]: { username: "u", password: "p" } }, image, { username: "u", password: "p" }],
+    [{ [HOST]: { auth: "", username: "u", password: "p" } }, image, { username: "u", password: "p" }],
+    [{ [HOST]: { auth: btoa("no colon") } }, image, undefined],
   ];
-  for (const [config, name, expected] of table) {
+  const check = (config: DockerConfig, name: string, expected: Credentials | undefined) => {
     const slash = name.indexOf("/");
-    const image = { registry: name.slice(0, slash), repository: name.slice(slash + 1) };
-    assert.deepEqual(findCredentials(config, image), expected, JSON.stringify([config, name]));
-  }
+    const parts = { registry: name.slice(0, slash), repository: name.slice(slash + 1) };
+    assert.deepEqual(findCredentials(config, parts), expected, JSON.stringify([config, name]));
+  };
+  for (const [auths, name, expected] of table) check({ auths }, name, expected);
+  const auths = { [HOST]: account("a") };
+  check({ auths, credsStore: "store" }, image, { helper: "store" });
+  check({ credHelpers: { [HOST]: "own" }, credsStore: "store" }, image, { helper: "own" });
+  check({ credHelpers: { "other.example": "own" }, credsStore: "store" }, image, { helper: "store" });
+  check({ credHelpers: { [HOST]: "" }, auths }, image, decoded("a"));
 });
 
-Deno.test("what docker login and podman login left is used, and only when the registry asks", async (t) => {
-  await using registry = serveImage({ auth: "bearer", users: { user: "pass:word" }, identityTokens: ["identity"] });
-  const auths = { [registry.host]: account("user") };
-  const args = ["--protocol", "http", "-o", "-", "--platform", "linux/amd64", `${registry.host}/ns/wheels:1.0`];
-  const table: [
-    name: string,
-    files: Record<string, unknown>,
-    env: Record<string, string>,
-    code: number,
-    said: RegExp,
-  ][] = [
-    ["Docker's file at home", { ".docker/config.json": { auths } }, { HOME: "." }, 0, /layer 2/],
-    ["$DOCKER_CONFIG", { "d/config.json": { auths } }, { DOCKER_CONFIG: "d", HOME: "nowhere" }, 0, /layer 2/],
-    ["$REGISTRY_AUTH_FILE", { "auth.json": { auths } }, { REGISTRY_AUTH_FILE: "auth.json" }, 0, /layer 2/],
-    [
-      "an identity token",
-      {
-        "auth.json": { auths: { [registry.host]: { identitytoken: "identity" } } },
-      },
-      { REGISTRY_AUTH_FILE: "auth.json" },
-      0,
-      /layer 2/,
-    ],
-    [
-      "a wrong password, which is no reason to go on without",
-      {
-        "auth.json": { auths: { [registry.host]: account("wrong") } },
-      },
-      { REGISTRY_AUTH_FILE: "auth.json" },
-      4,
-      /check the user name/,
-    ],
-    [
-      "a broken file, and the next one",
-      { "auth.json": "{", "d/config.json": { auths } },
-      {
-        REGISTRY_AUTH_FILE: "auth.json",
-        DOCKER_CONFIG: "d",
-      },
-      0,
-      /warning: "[^"]*auth.json" is left out/,
-    ],
-    [
-      "a helper that is not there",
-      { "d/config.json": { credsStore: "nowhere" } },
-      { DOCKER_CONFIG: "d" },
-      4,
-      /not installed/,
-    ],
-    [
-      "a helper that has a path in its name",
-      { "d/config.json": { credsStore: "../x" } },
-      { DOCKER_CONFIG: "d" },
-      4,
-      /no name/,
-    ],
-  ];
-  for (const [name, files, env, code, said] of table) {
-    await t.step(name, async () => {
+/** Where credentials are looked for, first to last: the variable, its value below a directory, and the file there. */
+const PLACES: [variable: string, value: string, file: string][] = [
+  ["DOCKER_AUTH_CONFIG", "", ""],
+  ["REGISTRY_AUTH_FILE", "auth.json", "auth.json"],
+  ["XDG_RUNTIME_DIR", "run", "run/containers/auth.json"],
+  ["XDG_CONFIG_HOME", "config", "config/containers/auth.json"],
+  ["DOCKER_CONFIG", "docker", "docker/config.json"],
+];
+
+Deno.test("credentials are found in the places of Docker, podman and GitLab, in order", async (t) => {
+  const onRequest: RegistryOptions["onRequest"] = ({ headers }, { path }) => {
+    const isReady = headers.get("authorization") === "Bearer registry-token";
+    const blob = IMAGE.blobs.get(path.split("/").at(-1) ?? "");
+    return isReady ? new Response(path.includes("/blobs/") ? blob : IMAGE.manifest) : undefined;
+  };
+  await using registry = serveImage({ auth: "bearer", users: { user: "pass:word" }, onRequest });
+  const { host } = registry;
+  const check = async (env: Record<string, string>, expected = 0) => {
+    const stderr = await exits(expected, [`${host}/ns/wheels:1.0`], { env });
+    assert.doesNotMatch(stderr, /pass:word|registry-token/);
+    return stderr;
+  };
+  const config = (name: string, key = host) => JSON.stringify({ auths: { [key]: account(name) } });
+  const [right, wrong, unrelated] = [config("user"), config("wrong"), config("wrong", "other.example")];
+  for (const [at, [variable, value, file]] of PLACES.entries()) {
+    await t.step(variable, async () => {
       using scratch = new Scratch();
-      for (const [path, value] of Object.entries(files)) {
-        scratch.at(path, typeof value === "string" ? value : JSON.stringify(value));
+      const put = (text: string, [variable, value, file] = PLACES[at] ?? assert.fail()): Record<string, string> => {
+        if (file !== "") scratch.at(file, text);
+        return { [variable]: file === "" ? text : scratch.at(value) };
+      };
+      await check(put(right));
+      await check({ ...put(wrong), REGISTRY_USERNAME: "user", REGISTRY_PASSWORD: "pass:word" });
+      for (const later of PLACES.slice(at + 1)) {
+        await check({ ...put(right), ...put(wrong, later) });
+        assert.match(await check({ ...put(wrong), ...put(right, later) }, 4), /check the user name/);
+        await check({ ...put(unrelated), ...put(right, later) });
+        const warnings = await check({ ...put(`{"pass:word`), ...put(right, later) });
+        assert.match(warnings, new RegExp(`warning: .*${file || variable}`), value);
       }
-      const placed = Object.entries(env).map(([key, value]) => [key, scratch.at(value)]);
-      const outcome = await run(args, { env: Object.fromEntries(placed) });
-      assert.equal(outcome.code, code, outcome.stderr);
-      assert.match(outcome.stderr, said);
-      if (code === 0) assert.deepEqual(outcome.bytes, LAYER);
-      assert(!/pass:word|identity/.test(outcome.stderr), outcome.stderr);
     });
   }
-  await t.step("none of them is read for a registry that does not ask", async () => {
+  for (const file of [".config/containers/auth.json", ".docker/config.json"]) {
+    await t.step(`~/${file}`, async () => {
+      using scratch = new Scratch();
+      scratch.at(".docker/config.json", wrong);
+      scratch.at(file, right);
+      await check({ HOME: scratch.path });
+      await check({ HOME: scratch.path, XDG_CONFIG_HOME: "", XDG_RUNTIME_DIR: "", DOCKER_CONFIG: "" });
+    });
+  }
+  const entries: Record<string, DockerConfig["auths"]> = {
+    "registrytoken": { [host]: { registrytoken: "registry-token" } },
+    "registrytoken beside auth": { [host]: { ...account("wrong"), registrytoken: "registry-token" } },
+    "username and password": { [host]: { auth: "", ...decoded("user") } },
+    "an empty auth of the repository": { [host]: account("user"), [`${host}/ns/wheels`]: { auth: "" } },
+  };
+  for (const [name, auths] of Object.entries(entries)) {
+    await t.step(name, () => check({ DOCKER_AUTH_CONFIG: JSON.stringify({ auths }) }).then(() => {}));
+  }
+  await t.step("not read for a registry that does not ask", async () => {
     await using open = serveImage();
-    using scratch = new Scratch();
-    const env = { REGISTRY_AUTH_FILE: scratch.at("auth.json", "{") };
-    const { code, stderr } = await run([...args.slice(0, -1), `${open.host}/ns/wheels:1.0`], { env });
-    assert.equal(code, 0);
-    assert.doesNotMatch(stderr, /auth.json/);
+    assert.equal(
+      (await exits(0, [`${open.host}/ns/wheels:1.0`], { env: { DOCKER_AUTH_CONFIG: "{" } })).match(/warn/),
+      null,
+    );
   });
 });
 
-Deno.test("an identity token is exchanged by POST, or by GET where there is none", async () => {
+Deno.test("an identity token is exchanged by POST, or by GET if the service does not support POST", async () => {
   for (const identityTokens of [["identity"], undefined]) {
     await using registry = serveImage({ auth: "bearer", users: { "<token>": "identity" }, identityTokens });
-    using scratch = new Scratch();
-    const config = { auths: { [registry.host]: { identitytoken: "identity" } } };
-    const { tarball } = await pull(registry, { authFiles: [scratch.at("auth.json", JSON.stringify(config))] });
-    assert.deepEqual(tarball, LAYER);
-    const asked = registry.requests.filter(({ origin }) => origin === "token");
-    assert.deepEqual(asked.map(({ method }) => method), identityTokens === undefined ? ["POST", "GET"] : ["POST"]);
-    const form = new URLSearchParams(asked[0]?.body);
-    assert.deepEqual([form.get("grant_type"), form.get("refresh_token"), form.get("scope")], [
-      "refresh_token",
-      "identity",
-      "repository:ns/wheels:pull",
-    ]);
+    const authConfig = JSON.stringify({ auths: { [registry.host]: { identitytoken: "identity" } } });
+    assert.deepEqual((await pull(registry, { authConfig })).tarball, LAYER);
+    const sent = registry.requests.filter(({ origin }) => origin === "token");
+    assert.deepEqual(sent.map(({ method }) => method), identityTokens === undefined ? ["POST", "GET"] : ["POST"]);
+    const form = new URLSearchParams(sent[0]?.body);
+    const fields = [form.get("grant_type"), form.get("refresh_token"), form.get("scope")];
+    assert.deepEqual(fields, ["refresh_token", "identity", "repository:ns/wheels:pull"]);
   }
 });
 
-Deno.test("a credential helper is asked by name, for the registry by its key", async (t) => {
+Deno.test("a credential helper is run with the registry's key on stdin", async (t) => {
   await using registry = serveImage({ auth: "basic", users: { user: "pass:word" } });
   using scratch = new Scratch();
   const script = `#!/bin/sh\n[ "$1 $(cat)" = "get ${registry.host}" ] || exit 1\n` +
     `echo '{"ServerURL":"x","Username":"user","Secret":"pass:word"}'\n`;
   Deno.chmodSync(scratch.at("docker-credential-mine", script), 0o755);
-  const config = { credHelpers: { [registry.host]: "mine" } };
-  const env = {
-    DOCKER_CONFIG: dirname(scratch.at("docker/config.json", JSON.stringify(config))),
-    PATH: `${scratch.path}:${Deno.env.get("PATH")}`,
-  };
-  const args = [PROGRAM, "--protocol", "http", "-d", scratch.at("dest"), "--platform", "linux/amd64"];
+  const config = JSON.stringify({ credHelpers: { [registry.host]: "mine" } });
+  const env = { DOCKER_AUTH_CONFIG: config, PATH: `${scratch.path}:${Deno.env.get("PATH")}` };
   const source = `${registry.host}/ns/wheels:1.0`;
   await t.step("with --allow-run", async () => {
-    const { code, stderr } = await runDeno(["run", ...PERMISSIONS, "--allow-run", ...args, source], { env });
-    assert.equal(code, 0, stderr);
+    await exits(0, [source], { env }, (args, options) => runProgram(args, options, [...PERMISSIONS, "--allow-run"]));
   });
-  await t.step("without", async () => {
-    const { code, stderr } = await runDeno(["run", ...PERMISSIONS, ...args, source], { env });
-    assert.equal(code, 4, stderr);
+  await t.step("without --allow-run", async () => {
+    const stderr = await exits(4, [source], { env }, runProgram);
     assert.match(stderr, /warning: .*--allow-run=docker-credential-mine/);
   });
 });
 
+Deno.test("an unusable helper, and an auth that is not base64, cause a warning", async (t) => {
+  await using registry = serveImage({ auth: "bearer" });
+  const { host } = registry;
+  const allowed = [[], ["--allow-run"]];
+  const auths = ["!!!!", "dXNlcjpwYXNz=OnNlY3JldA", btoa("no colon"), "ÿÿ"];
+  const table: [config: DockerConfig, words: RegExp, permissions?: string[]][] = [
+    ...allowed.flatMap((permissions): typeof table => [
+      [{ credsStore: "nowhere" }, /docker-credential-nowhere.*not installed/, permissions],
+      [{ credHelpers: { [host]: "nowhere" } }, /docker-credential-nowhere.*not installed/, permissions],
+    ]),
+    [{ credsStore: "../x" }, /name is invalid/],
+    ...auths.map((auth): typeof table[0] => [{ auths: { [host]: { auth } } }, new RegExp(`${host}.*base64`)]),
+  ];
+  for (const [config, words, permissions] of table) {
+    await t.step(`${JSON.stringify(config).replace(host, "HOST")} ${permissions}`, async () => {
+      const env = { DOCKER_AUTH_CONFIG: JSON.stringify(config) };
+      const start: typeof run = (args, options) => runProgram(args, options, [...PERMISSIONS, ...permissions ?? []]);
+      const stderr = await exits(0, [`${host}/ns/wheels:1.0`], { env }, permissions && start);
+      assert.match(stderr, new RegExp(`warning: .*${words.source}`));
+      assert.doesNotMatch(stderr, /allow-run|!!!|ÿÿ|dXNl|bm8g/);
+    });
+  }
+});
+
 // ---------------------------------------------------------------------------------------------------------------------
-// 3 Transport
+// 3 HTTP
 // ---------------------------------------------------------------------------------------------------------------------
+
+/** The end of the layer's path; the config is a blob, too. */
+const LAYER_PATH = `/blobs/${sha256(LAYER)}`;
+const PUBLIC = "registry.example/ns/wheels:1.0";
+
+/** Asserts that an image can be fetched. */
+async function pullsLayer(from: TestRegistry | string, options?: FetchWheelsOptions): Promise<void> {
+  assert.deepEqual((await pull(from, options)).tarball, LAYER);
+}
+
+/** As `assertFails()`, but the words may also be in the hint. Returns message and hint. */
+async function explanation(attempt: () => unknown, kind: string, words = /./): Promise<string> {
+  const { message, hint = "" } = await assertFails(attempt, kind);
+  const text = `${message}; ${hint}`;
+  assert.match(text, words);
+  return text;
+}
+
+/** As the option `delay`: fails on a retry. */
+function noRetry(): never {
+  return assert.fail("a final failure was retried");
+}
+
+/** Runs a step for each entry of a table. */
+async function steps<T>(
+  t: Deno.TestContext,
+  table: Record<string, T>,
+  check: (value: T, name: string) => Promise<unknown>,
+): Promise<void> {
+  for (const [name, value] of Object.entries(table)) await t.step(name, async () => void await check(value, name));
+}
+
+/** A hook that answers the requests whose path contains `part`. */
+function answerTo(part: string, answer: (request: Request) => Response | undefined): RegistryOptions["onRequest"] {
+  return (request, { path }) => path.includes(part) ? answer(request) : undefined;
+}
+
+function authorizations(requests: { headers: Headers }[]): (string | null)[] {
+  return requests.map(({ headers }) => headers.get("authorization"));
+}
+
+// A network of hosts that exist only in a test, for public names and addresses.
+
+type Answer = (request: Request) => Response | Promise<Response>;
+
+/** Answers the requests of `hosts`, and records all. Other hosts are unknown, in Deno's words. */
+function fakeNetwork(hosts: Record<string, Answer>) {
+  const requests: Request[] = [];
+  const fetch: typeof globalThis.fetch = async (input, init) => {
+    const request = new Request(input, init);
+    requests.push(request);
+    const answer = hosts[new URL(request.url).origin];
+    if (answer === undefined) throw connectError(request.url, UNKNOWN_HOST);
+    return await answer(request);
+  };
+  const requestsTo = (origin: string) => requests.filter(({ url }) => new URL(url).origin === origin);
+  return { fetch, requests, requestsTo };
+}
+
+const UNKNOWN_HOST = "dns error: failed to lookup address information: Name or service not known";
+
+function connectError(url: string, reason: string): TypeError {
+  const cause = new Error(`error sending request for url (${url}): client error (Connect): ${reason}`);
+  return new TypeError("fetch failed", { cause });
+}
+
+/** Answers as a registry that has IMAGE under every name. */
+function answerImage({ url }: Request): Response {
+  const [, kind, reference = ""] = /\/(manifests|blobs)\/([^/]+)$/.exec(new URL(url).pathname) ?? [];
+  if (kind === "manifests") return new Response(IMAGE.manifest, { headers: { "content-type": IMAGE.mediaType } });
+  const blob = IMAGE.blobs.get(reference);
+  return blob === undefined ? new Response(null, { status: 404 }) : new Response(blob);
+}
+
+function redirect(location: string, status = 307): Response {
+  return new Response(null, { status, headers: { location } });
+}
+
+/** Answers `answer` to requests with this Authorization, and a challenge to others. */
+function gate(expected: string, challenge: string, answer: Answer = answerImage): Answer {
+  const headers = { "www-authenticate": challenge };
+  const refuse = () => new Response(null, { status: 401, headers });
+  return (request) => request.headers.get("authorization") === expected ? answer(request) : refuse();
+}
+
+const TOKENS = "https://auth.example/token";
+const issueToken: Answer = () => Response.json({ token: "t" });
+const BASIC = `Basic ${Buffer.from(`${USER}:${PASSWORD}`).toString("base64")}`;
+const bearer = (realm: string) => `Bearer realm="${realm}",service="s"`;
+
+// Redirects
 
 Deno.test("a redirect to another origin is followed without Authorization", async () => {
   for (const auth of ["basic", "bearer"] as const) {
     for (const status of [301, 302, 303, 307, 308] as const) {
       await using registry = serveImage({ auth, users, storage: { status } });
-      assert.deepEqual((await pull(registry, CREDENTIALS)).tarball, LAYER);
+      await pullsLayer(registry, CREDENTIALS);
       const storage = registry.requests.filter(({ origin }) => origin === "storage");
-      assert.deepEqual(storage.map(({ headers }) => headers.get("authorization")), [null], `${auth} ${status}`);
+      assert.deepEqual(new Set(authorizations(storage)), new Set([null]), `${auth} ${status}`);
     }
   }
 });
 
 Deno.test("a relative Location is resolved, and keeps Authorization on its origin", async () => {
-  const onRequest = redirectBlobs((path) => path.endsWith("/x") ? undefined : `../blobs/./x`);
+  const onRequest = redirectBlobs((path) => path.endsWith(LAYER_PATH) ? "../blobs/./x" : undefined);
   await using registry = serveImage({ auth: "basic", users, onRequest });
   registry.pushBlob(LAYER, "x");
-  assert.deepEqual((await pull(registry, CREDENTIALS)).tarball, LAYER);
+  await pullsLayer(registry, CREDENTIALS);
   const blobs = registry.requests.filter(({ path }) => path.includes("/blobs/"));
-  assert.deepEqual(blobs.map(({ headers }) => headers.has("authorization")), [true, true]);
+  assert(blobs.length > 1 && blobs.every(({ headers }) => headers.has("authorization")));
 });
 
-Deno.test("ten redirects are followed, and no eleventh", async () => {
+Deno.test("ten redirects are followed, and eleven are not", async () => {
   let redirects = 10;
-  await using registry = serveImage({ onRequest: redirectBlobs((path) => redirects-- > 0 ? path : undefined) });
-  assert.deepEqual((await pull(registry)).tarball, LAYER);
+  const onRequest = redirectBlobs((path) => path.endsWith(LAYER_PATH) && redirects-- > 0 ? path : undefined);
+  await using registry = serveImage({ onRequest });
+  await pullsLayer(registry);
   redirects = Infinity;
-  await failure(() => pull(registry), "network", /redirect/);
-  assert.equal(paths(registry, "/blobs/").length, 22);
+  await assertFails(() => pull(registry), "network", /redirect/);
+  assert.equal(paths(registry, LAYER_PATH).length, 22);
 });
 
-Deno.test("https is redirected to http without credentials only", async () => {
-  const tls = await makeCertificate();
-  await using plain = serveImage();
-  const onRequest = redirectBlobs((path) => `${plain.url}${path}`);
-  await using open = serveImage({ tls, onRequest });
-  await using closed = serveImage({ tls, auth: "basic", users, onRequest });
-  const options = { protocol: "https", insecure: true } as const;
-  assert.deepEqual((await pull(open, options)).tarball, LAYER);
-  assert.equal(plain.requests.length, 1);
-  await failure(() => pull(closed, { ...options, ...CREDENTIALS }), "network", /http/);
-  assert.equal(plain.requests.length, 1);
+Deno.test("https is redirected to http for bytes that a digest verifies, and without credentials", async (t) => {
+  const isManifest = ({ url }: Request) => url.includes("/manifests/");
+  const isLayer = ({ url }: Request) => url.endsWith(LAYER_PATH);
+  const table: Record<string, { target: string; isRedirected: (request: Request) => boolean; isAllowed: boolean }> = {
+    "a blob": { target: ":1.0", isRedirected: isLayer, isAllowed: true },
+    "a manifest by digest": { target: `@${IMAGE.digest}`, isRedirected: isManifest, isAllowed: true },
+    "a manifest by tag": { target: ":1.0", isRedirected: isManifest, isAllowed: false },
+  };
+  const logins: [expected: string, challenge: string, credentials: FetchWheelsOptions][] = [
+    ["Bearer t", bearer(TOKENS), {}],
+    ["Bearer t", bearer(TOKENS), CREDENTIALS],
+    [BASIC, 'Basic realm="r"', CREDENTIALS],
+  ];
+  await steps(t, table, async ({ target, isRedirected, isAllowed }) => {
+    for (const [expected, challenge, credentials] of logins) {
+      const toStorage = ({ url }: Request) => redirect(url.replace(/.*example/, "http://minio.example"));
+      const answer = (request: Request) => isRedirected(request) ? toStorage(request) : answerImage(request);
+      const network = fakeNetwork({
+        "https://registry.example": gate(expected, challenge, answer),
+        "http://minio.example": answerImage,
+        "https://auth.example": issueToken,
+      });
+      const options: FetchWheelsOptions = { protocol: "https", fetch: network.fetch, ...credentials };
+      const source = `registry.example/ns/wheels${target}`;
+      if (isAllowed) await pullsLayer(source, options);
+      else await assertFails(() => pull(source, options), "network", /plain http/);
+      assert.deepEqual(authorizations(network.requestsTo("http://minio.example")), isAllowed ? [null] : []);
+    }
+  });
+  await t.step("a token request is refused", async () => {
+    const network = fakeNetwork({
+      "https://registry.example": gate("Bearer t", bearer(TOKENS)),
+      "https://auth.example": () => redirect("http://auth.example/token"),
+      "http://auth.example": issueToken,
+    });
+    await assertFails(() => pull(PUBLIC, { protocol: "https", fetch: network.fetch }), "network", /http/);
+    assert.deepEqual(network.requestsTo("http://auth.example"), []);
+  });
+  await t.step("between real servers", async () => {
+    await using storage = serveImage();
+    const onRequest = answerTo(LAYER_PATH, ({ headers, url }) => {
+      return headers.has("authorization") ? redirect(`${storage.url}${new URL(url).pathname}`) : undefined;
+    });
+    await using registry = serveImage({ tls: await makeSignedCertificate(), auth: "basic", users, onRequest });
+    await pullsLayer(registry, { protocol: "https", insecure: true, ...CREDENTIALS });
+    assert.deepEqual(authorizations(storage.requests), [null]);
+  });
 });
 
-Deno.test("what a redirect leads to is never shown with its query or its password", async () => {
+Deno.test("a redirect's query and user information are never printed", async () => {
   const gone = await closedHost();
   const signed = { storage: { signed: true } };
+  const urls = [`http://${gone}/?Signature=CERT`, "ftp://u:secret@h/?Signature=x", "http://u:secret@:x/?Signature=x"];
   const table: [options: RegistryOptions, faults: Fault[], kind: ErrorKind][] = [
     [signed, [{ kind: "expiredSignature" }], "auth"],
     [signed, [{ kind: "reset" }], "network"],
     [signed, [{ kind: "dieAt", byte: 0 }], "network"],
-    ...[`http://${gone}/?Signature=CERT`, "ftp://u:secret@h/?Signature=x", "http://u:secret@:x/?Signature=x"].map(
-      (url): [RegistryOptions, Fault[], ErrorKind] => [{ onRequest: redirectBlobs(() => url) }, [], "network"],
-    ),
+    ...urls.map((url): typeof table[0] => [{ onRequest: redirectBlobs(() => url) }, [], "network"]),
   ];
   for (const [options, faults, kind] of table) {
     await using registry = serveImage(options);
     registry.faults = ({ origin }) => origin === "storage" ? faults : [];
     const events: ProgressEvent[] = [];
     const attempt = () => pull(registry, { retries: 1, onProgress: (event) => events.push(event) });
-    const { message, hint = "" } = await failure(attempt, kind);
-    const args = ["-v", "-o", "-", "--protocol", "http", "--retries", "0", `${registry.host}/ns/wheels:1.0`];
-    const { stderr } = await run(args);
-    assert.match(stderr, /\/blobs\/.* answered 307\n/);
-    for (const said of [JSON.stringify(events), message, hint, stderr]) {
-      assert(!/Signature=|expires=|secret/.test(said), said);
+    const text = await explanation(attempt, kind);
+    const { stderr } = await run([...TO_STDOUT, "-v", `${registry.host}/ns/wheels:1.0`]);
+    assert.match(stderr, /GET .*\/blobs\/.*: 307\b/);
+    for (const shown of [JSON.stringify(events), text, stderr]) {
+      assert.doesNotMatch(shown, /Signature=|expires=|secret/);
+    }
+  }
+});
+
+Deno.test("user information is removed from every URL in an error", async () => {
+  const closed = await closedHost();
+  const urls = ["http", "https", "socks5", "socks5h", "ftp"].map((scheme) => `${scheme}://peter:secret@${closed}/x`);
+  for (const url of [...urls, "peter:secret@proxy.example:3128", "http://secret@h/", "http://a:b:secret@h/"]) {
+    const fetch = () => Promise.reject(connectError(url, `invalid proxy "${url}", ${url}`));
+    const text = await explanation(() => pull(PUBLIC, { fetch, protocol: "https", retries: 0 }), "network");
+    assert.doesNotMatch(text, /secret|peter/, url);
+  }
+  for (const url of urls) {
+    for (const args of [[url], ["--mirror", url, `${closed}/ns/wheels`]]) {
+      assert.doesNotMatch((await run([...TO_STDOUT, "-v", ...args])).stderr, /secret|peter/, url);
     }
   }
 });
@@ -689,40 +1010,41 @@ Deno.test("each request is a GET that asks for bytes as they are", async () => {
   const tls = await makeCertificate();
   for (const options of [{ auth: "bearer", storage: true }, { auth: "bearer", storage: true, tls }] as const) {
     await using registry = serveImage(options);
-    await pull(registry, { protocol: "detect", insecure: true });
-    assert.equal(registry.requests.length, 5);
+    await pullsLayer(registry, { protocol: "detect", insecure: true });
+    assert.equal(registry.requests.length, 7);
     for (const { method, headers } of registry.requests) {
       assert.deepEqual([method, headers.get("accept-encoding")], ["GET", "identity"]);
     }
   }
 });
 
-Deno.test("detect tries https, then http at this machine, and stays with what worked", async () => {
+// The protocol
+
+Deno.test("detect tries https, then http at a local host, and stays with the protocol that worked", async () => {
   await using registry = serveImage({ auth: "basic", users });
-  const asked: string[] = [];
+  const protocols: string[] = [];
   const counting: typeof fetch = (input, init) => {
-    asked.push(new URL(String(input)).protocol);
+    protocols.push(new URL(String(input)).protocol);
     return fetch(input, init);
   };
-  await pull(registry, { ...CREDENTIALS, protocol: "detect", fetch: counting });
-  assert.deepEqual(asked, ["https:", "http:", "http:", "http:"]);
+  await pullsLayer(registry, { ...CREDENTIALS, protocol: "detect", fetch: counting });
+  assert.deepEqual([protocols.length > 3, protocols.lastIndexOf("https:")], [true, 0]);
 });
 
-Deno.test("detect tries again when plain http fails for a moment", async () => {
+Deno.test("detect retries when plain http fails for a moment", async () => {
   await using registry = serveImage();
   registry.faults = ({ count, path }) => path.includes("/manifests/") && count === 1 ? [{ kind: "reset" }] : [];
-  assert.deepEqual((await pull(registry, { protocol: "detect" })).tarball, LAYER);
+  await pullsLayer(registry, { protocol: "detect" });
 });
 
-Deno.test("detect keeps to http after a redirect to https", async () => {
+Deno.test("detect accepts a redirect from http to https", async () => {
   await using target = serveImage({ tls: await makeCertificate() });
-  await using registry = serveImage({
-    onRequest: (_request, { path }) => path.includes("/blobs/") ? undefined : Response.redirect(`${target.url}${path}`),
-  });
-  assert.deepEqual((await pull(registry, { protocol: "detect", insecure: true, retries: 0 })).tarball, LAYER);
+  const onRequest = answerTo("/blobs/", ({ url }) => redirect(`${target.url}${new URL(url).pathname}`));
+  await using registry = serveImage({ onRequest });
+  await pullsLayer(registry, { protocol: "detect", insecure: true, retries: 0 });
 });
 
-Deno.test("detect speaks plain http to names of the neighbourhood only", async () => {
+Deno.test("detect speaks plain http to local names only", async () => {
   // deno-fmt-ignore
   const near = ["localhost", "127.0.0.1", "127.9.9.9:5000", "[::1]:5000", "10.1.2.3", "172.16.0.1", "172.31.0.1",
     "192.168.0.1", "169.254.1.1", "[fd12::1]", "[fe80::1]", "registry:5000", "r.local", "r.svc.internal"];
@@ -730,21 +1052,22 @@ Deno.test("detect speaks plain http to names of the neighbourhood only", async (
   const far = ["r.example", "172.32.0.1", "172.15.0.1", "11.0.0.1", "8.8.8.8", "10.example.com", "127.example.com",
     "localhost.example.com", "r.local.example", "r.notlocal", "[2001:db8::1]", "[fd::1]"];
   for (const host of [...near, ...far]) {
-    const asked: string[] = [];
+    const protocols: string[] = [];
     const fetch = (input: RequestInfo | URL) => {
-      asked.push(new URL(String(input)).protocol);
-      return Promise.reject(new TypeError("fetch failed", { cause: new Error("Connection refused (os error 111)") }));
+      protocols.push(new URL(String(input)).protocol);
+      return Promise.reject(connectError(String(input), "Connection refused (os error 111)"));
     };
-    const error = await failure(() => pull(`${host}/x`, { protocol: "detect", retries: 0, fetch }), "network");
-    assert.deepEqual(asked, near.includes(host) ? ["https:", "http:"] : ["https:"], host);
+    const error = await assertFails(() => pull(`${host}/x`, { protocol: "detect", retries: 0, fetch }), "network");
+    assert.deepEqual(protocols, near.includes(host) ? ["https:", "http:"] : ["https:"], host);
     if (far.includes(host)) assert.match(error.hint ?? "", /--protocol http\b/);
   }
 });
 
-Deno.test("a password goes over plain http where it was said or nobody listens", async () => {
+Deno.test("a password is sent over plain http only with --protocol http or to loopback", async () => {
   const table: [host: string, protocol: "detect" | "http" | "https", challenge: string, expected: boolean][] = [
     ["r.example", "https", 'Bearer realm="http://10.0.0.1/token"', false],
-    ["r.example", "https", 'Bearer realm="https://10.0.0.1/token"', true],
+    ["r.example", "https", 'Bearer realm="https://10.0.0.1/token"', false],
+    ["r.example", "https", 'Bearer realm="https://auth.example/token"', true],
     ["10.0.0.1", "detect", 'Bearer realm="https://r.example/token"', false],
     ...["Basic", 'Bearer realm="/token"'].flatMap((challenge): typeof table => [
       ["10.0.0.1", "detect", challenge, false],
@@ -763,165 +1086,459 @@ Deno.test("a password goes over plain http where it was said or nobody listens",
       isSent ||= new Headers(init?.headers).has("authorization");
       return Promise.resolve(new Response(null, { status: 401, headers: { "www-authenticate": challenge } }));
     };
-    const { hint = "" } = await failure(() => pull(`${host}/x/y`, { ...CREDENTIALS, protocol, fetch }), "auth");
+    const { hint = "" } = await assertFails(() => pull(`${host}/x/y`, { ...CREDENTIALS, protocol, fetch }), "auth");
     assert.equal(isSent, expected, `${host} ${protocol} ${challenge}`);
     if (!expected && protocol === "detect") assert.match(hint, /--protocol http\b/);
   }
 });
 
-Deno.test("an untrusted certificate is refused at once, and the hint names both ways out", async () => {
-  await using registry = serveImage({ tls: await makeCertificate() });
-  const delay = () => assert.fail("it was tried again");
-  for (const protocol of ["detect", "https"] as const) {
-    const { hint = "" } = await failure(() => pull(registry, { protocol, delay }), "network", /certificate/);
-    assert.match(hint, /--ca-file.*--insecure/);
+Deno.test("a public registry cannot send its clients to a private realm", async (t) => {
+  // deno-fmt-ignore
+  const hosts = ["169.254.169.254", "10.0.0.5", "172.16.0.1", "192.168.1.1", "127.9.9.9", "0.0.0.0", "2130706433",
+    "0x7f.1", "[::ffff:169.254.169.254]", "[::ffff:10.0.0.5]", "[::1]", "[::]", "[fe80::1]", "[fd00::1]", "localhost",
+    "localhost.", "a.localhost", "A.LOCALHOST.:8443"];
+  const http = ["169.254.169.254/latest/meta-data", "127.0.0.1:8080/token", "auth.example/token"];
+  const realms = [...hosts.map((host) => `https://${host}/token`), ...http.map((rest) => `http://${rest}`)];
+  for (const realm of [...realms, "ftp://auth.example/token"]) {
+    await t.step(realm, async () => {
+      const { origin, hostname, protocol } = new URL(realm);
+      const ways: Record<string, Answer>[] = [
+        { "https://registry.example": gate("Bearer t", bearer(realm)) },
+        { "https://auth.example": () => redirect(realm, 302) },
+        { "https://auth.example": () => redirect("https://b.example/"), "https://b.example": () => redirect(realm) },
+      ];
+      for (const way of ways) {
+        for (const credentials of [{}, CREDENTIALS]) {
+          const registry = { "https://registry.example": gate("Bearer t", bearer(TOKENS)) };
+          const network = fakeNetwork({ [origin]: issueToken, ...registry, ...way });
+          const options: FetchWheelsOptions = { protocol: "https", fetch: network.fetch, retries: 0, ...credentials };
+          const { message } = await assertFails(pull(PUBLIC, options), "auth|network");
+          if (protocol.startsWith("http")) assert(message.includes(hostname), message);
+          assert.deepEqual(network.requests.filter(({ url }) => url === new URL(realm).href), []);
+          assert.deepEqual(authorizations(network.requestsTo("https://registry.example")), [null]);
+        }
+      }
+    });
   }
-  assert.equal(registry.requests.length, 0);
+  await t.step("as the realm of a mirror", async () => {
+    const network = fakeNetwork({
+      "https://mirror.example": gate("Bearer t", bearer("https://10.0.0.5/token")),
+      "https://registry.example": answerImage,
+      "https://10.0.0.5": issueToken,
+    });
+    await pullsLayer(PUBLIC, { protocol: "https", fetch: network.fetch, mirrors: ["https://mirror.example"] });
+    assert(network.requestsTo("https://mirror.example").length > 0);
+    assert.deepEqual(network.requestsTo("https://10.0.0.5"), []);
+  });
 });
 
-Deno.test("a certificate is trusted by caFile, also one that is its own CA, or by insecure", async () => {
-  const own = await makeCertificate();
-  using directory = new Scratch();
-  const signed = await makeSignedCertificate(directory.path);
-  const { caFile } = signed;
-  for (const tls of [own, signed]) {
+Deno.test("a realm may be a public host, or a private host of a private registry", async () => {
+  const table: [registry: string, realm: string][] = [
+    ["https://registry.example", TOKENS],
+    ["https://registry.example", "https://8.8.8.8/token"],
+    ["https://registry.example", "https://localhost.example/token"],
+    ["http://registry.example", "http://auth.example/token"],
+    ["http://registry.example", TOKENS],
+    ["https://127.0.0.1:5000", "https://127.0.0.1:5001/token"],
+    ["https://localhost:5000", "https://127.0.0.1/token"],
+    ["https://10.0.0.7", "https://10.0.0.8/token"],
+    ["https://[fd00::7]:5000", "https://[fd00::8]/token"],
+  ];
+  for (const [registry, realm] of table) {
+    const { host, protocol } = new URL(registry);
+    const { origin } = new URL(realm);
+    const network = fakeNetwork({
+      [registry]: gate("Bearer t", bearer(realm)),
+      [origin]: () => redirect("https://auth2.example/"),
+      "https://auth2.example": issueToken,
+    });
+    const scheme = protocol === "http:" ? "http" : "https";
+    await pullsLayer(`${host}/ns/wheels:1.0`, { protocol: scheme, fetch: network.fetch, ...CREDENTIALS });
+    assert.deepEqual(authorizations(network.requestsTo(origin)), [BASIC], realm);
+    assert.deepEqual(authorizations(network.requestsTo("https://auth2.example")), [null], realm);
+  }
+});
+
+// Certificates
+
+Deno.test("an untrusted certificate is refused at once, and the hint names both ways out", async () => {
+  const elsewhere = await makeSignedCertificate(["other.example"]);
+  using scratch = new Scratch();
+  const table = [
+    { tls: await makeCertificate() },
+    { tls: await makeSignedCertificate() },
+    { tls: elsewhere, caFile: scratch.at("ca.pem", elsewhere.ca) },
+  ];
+  for (const { tls, caFile } of table) {
+    await using registry = serveImage({ tls });
+    for (const protocol of ["detect", "https"] as const) {
+      const attempt = () => pull(registry, { protocol, caFile, delay: noRetry });
+      const text = await explanation(attempt, "network", /certificate.*--ca-file.*--insecure/);
+      assert.doesNotMatch(text, /\w\(\w|Error\(|CaUsedAsEndEntity|UnknownIssuer|os error|\bclient error\b/);
+    }
+    assert.equal(registry.requests.length, 0);
+  }
+});
+
+Deno.test("a certificate is trusted by caFile, even if it is its own authority, or by insecure", async () => {
+  const [own, signed] = [await makeCertificate(), await makeSignedCertificate()];
+  using scratch = new Scratch();
+  for (const { tls, ca } of [{ tls: own, ca: own.cert }, { tls: signed, ca: signed.ca }]) {
     await using registry = serveImage({ tls, auth: "bearer", users, storage: { signed: true } });
-    for (const trust of [{ caFile }, { insecure: true }]) {
-      assert.deepEqual((await pull(registry, { ...trust, ...CREDENTIALS, protocol: "https" })).tarball, LAYER);
+    for (const trust of [{ caFile: scratch.at("ca.pem", `A comment\n${ca}${tls.key}`) }, { insecure: true }]) {
+      await pullsLayer(registry, { ...trust, ...CREDENTIALS, protocol: "https" });
     }
   }
-  await Deno.writeTextFile(caFile, signed.cert);
-  await using registry = serveImage({ tls: own });
-  await failure(() => pull(registry, { caFile, protocol: "https" }), "network", /certificate/);
 });
 
-/** A certificate that `makeCertificate()`'s has signed; rustls takes this one, but not one that is its own CA. */
-async function makeSignedCertificate(directory: string): Promise<Certificate & { caFile: string }> {
-  const [caFile, certFile, keyFile] = [`${directory}/ca.pem`, `${directory}/cert.pem`, `${directory}/key.pem`];
-  const signer = await makeCertificate();
-  await Deno.writeTextFile(caFile, `A comment\n${signer.cert}${signer.key}`);
-  // deno-fmt-ignore
-  const args = ["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "30",
-    "-subj", "/CN=signed", "-addext", "subjectAltName=IP:127.0.0.1", "-addext", "basicConstraints=critical,CA:FALSE",
-    "-CA", caFile, "-CAkey", caFile, "-keyout", keyFile, "-out", certFile];
-  const { success, stderr } = await new Deno.Command("openssl", { args, stdin: "null" }).output();
-  assert(success, new TextDecoder().decode(stderr));
-  return { caFile, cert: await Deno.readTextFile(certFile), key: await Deno.readTextFile(keyFile) };
-}
+Deno.test("certificates of SSL_CERT_FILE, of --ca-file and of bundles are trusted", async (t) => {
+  const tls = await makeSignedCertificate();
+  const [first, last] = await Promise.all([makeAuthority("first"), makeAuthority("last")]);
+  const text = makeBundle(first.cert, tls.ca, last.cert);
+  using scratch = new Scratch();
+  const [right, wrong] = [scratch.at("right.pem", tls.ca), scratch.at("wrong.pem", first.cert)];
+  const [bundle, crlf] = [scratch.at("bundle.pem", text), scratch.at("crlf.pem", text.replaceAll("\n", "\r\n"))];
+  await using registry = serveImage({ tls, auth: "bearer" });
+  const table: Record<string, { args?: string[]; file?: string; expected?: number }> = {
+    "SSL_CERT_FILE": { file: right },
+    "a bundle in SSL_CERT_FILE": { file: bundle },
+    "SSL_CERT_FILE beside another --ca-file": { args: ["--ca-file", wrong], file: right },
+    "--ca-file beside another SSL_CERT_FILE": { args: ["--ca-file", right], file: wrong },
+    "a bundle in --ca-file": { args: ["--ca-file", bundle] },
+    "a bundle with CRLF": { args: ["--ca-file", crlf] },
+    "neither": { args: ["--ca-file", wrong], file: wrong, expected: 5 },
+  };
+  await steps(t, table, async ({ args = [], file, expected = 0 }) => {
+    const env: Record<string, string> = file === undefined ? {} : { SSL_CERT_FILE: file };
+    for (const start of [run, runProgram]) {
+      const all = ["--protocol", "https", ...args, `${registry.host}/ns/wheels:1.0`];
+      const stderr = await exits(expected, all, { env }, start);
+      if (expected === 5) assert.match(stderr, /certificate/);
+    }
+  });
+});
+
+Deno.test("a --ca-file that is not valid PEM is a usage error that names the file", async (t) => {
+  const { cert } = await makeAuthority("good");
+  const lines = cert.trim().split("\n");
+  const middle = Math.floor(lines.length / 2);
+  const noEnd = lines.slice(0, -1).join("\n");
+  const notDer = "-----BEGIN CERTIFICATE-----\naGVsbG8gd29ybGQ=\n-----END CERTIFICATE-----\n";
+  const table: Record<string, string | Uint8Array> = {
+    "truncated before its end": noEnd,
+    "truncated in the middle": lines.slice(0, middle).join("\n"),
+    "garbage in a block": lines.with(middle, "!!!! this is not base64 !!!!").join("\n"),
+    "base64 of something else": notDer,
+    "a line is missing": lines.toSpliced(middle, 1).join("\n"),
+    "one bad block in a bundle": makeBundle(cert, notDer, cert),
+    "a truncated block at the end of a bundle": `${cert}${noEnd}`,
+    "a truncated block at the start of a bundle": `${noEnd}\n${cert}`,
+    "empty": "",
+    "not PEM": "hello\n",
+    "DER": Buffer.from(lines.slice(1, -1).join(""), "base64"),
+  };
+  await using registry = serveImage({ tls: await makeSignedCertificate() });
+  await steps(t, table, async (contents) => {
+    using scratch = new Scratch();
+    const file = scratch.at("authority.pem", contents);
+    const stderr = await exits(2, ["--protocol", "https", "--ca-file", file, `${registry.host}/ns/wheels:1.0`]);
+    assert(stderr.includes(file), stderr);
+    assert.equal(registry.requests.length, 0);
+  });
+});
 
 Deno.test("insecure survives an answer that is given up halfway", async () => {
   await using registry = startRegistry({ tls: await makeCertificate() });
   registry.pushManifest("ns/wheels", "1.0", new Uint8Array(5 << 20), MEDIA.ociManifest);
-  await failure(() => pull(registry, { protocol: "https", insecure: true }), "integrity");
+  await assertFails(() => pull(registry, { protocol: "https", insecure: true }), "integrity");
 });
 
-Deno.test("HTTPS_PROXY and NO_PROXY are honoured, however certificates are checked", async () => {
-  using directory = new Scratch();
-  const tls = await makeSignedCertificate(directory.path);
-  await using registry = serveImage({ tls });
-  await using proxy = startProxy();
-  const outside = Object.entries(Deno.env.toObject()).filter(([name]) => !/proxy/i.test(name));
-  const inherited = { ...Object.fromEntries(outside), DENO_NO_UPDATE_CHECK: "1" };
-  const program = new URL("./fetch_wheels.ts", import.meta.url).href;
-  // deno-fmt-ignore
-  const args = ["run", "--no-check", "--allow-net", "--allow-read", "--allow-write", "--allow-env", program, "-o", "-",
-    "--wheels-file", "/nonexistent/wheels", "--platform", "linux/amd64", "--retries=0", `${registry.host}/ns/wheels:1.0`];
-  const ways = [["DENO_CERT", []], ["ca-file", ["--ca-file", tls.caFile]], ["insecure", ["--insecure"]]] as const;
-  await Promise.all(ways.flatMap(([way, more]) =>
-    ["", "127.0.0.1"].map(async (exempt) => {
-      const user = `${way}${exempt}:password`;
-      const proxies = { HTTPS_PROXY: `http://${user}@${proxy.host}`, NO_PROXY: exempt };
-      const env = { ...inherited, ...proxies, ...(way === "DENO_CERT" && { DENO_CERT: tls.caFile }) };
-      const command = new Deno.Command(Deno.execPath(), { args: [...args, ...more], env, clearEnv: true });
-      const { success, stdout, stderr } = await command.output();
-      assert(success, new TextDecoder().decode(stderr));
-      assert.deepEqual(new Uint8Array(stdout), LAYER);
-      assert.equal(proxy.users.includes(user), exempt === "", user);
-    })
-  ));
-});
+// Proxies
 
-/** A proxy that knows CONNECT and remembers who asked. */
-function startProxy(): AsyncDisposable & { host: string; users: string[] } {
-  const listener = Deno.listen({ hostname: "127.0.0.1", port: 0 });
-  const users: string[] = [];
-  const relays: Promise<unknown>[] = [];
-  const relay = async (client: Deno.TcpConn) => {
-    const buffer = new Uint8Array(4096);
-    let head = "";
-    while (!head.includes("\r\n\r\n")) {
-      head += new TextDecoder().decode(buffer.subarray(0, await client.read(buffer) ?? 0));
-    }
-    users.push(Buffer.from(/^proxy-authorization: basic (\S+)/im.exec(head)?.[1] ?? "", "base64").toString());
-    const [, hostname = "", port] = /^CONNECT (\S+):(\d+) /.exec(head) ?? [];
-    const server = await Deno.connect({ hostname, port: Number(port) });
-    await client.write(toBytes("HTTP/1.1 200 OK\r\n\r\n"));
-    await Promise.allSettled([client.readable.pipeTo(server.writable), server.readable.pipeTo(client.writable)]);
-  };
-  const accepting = (async () => {
-    for await (const client of listener) relays.push(relay(client));
-  })();
-  return {
-    host: `127.0.0.1:${listener.addr.port}`,
-    users,
-    async [Symbol.asyncDispose]() {
-      listener.close();
-      await accepting;
-      await Promise.allSettled(relays);
-    },
-  };
+interface ProxiedPath {
+  /** Variable that names the proxy of this code path. */
+  variable: string;
+  /** Where the proxy connects to. */
+  registry: TestRegistry;
+  args: string[];
+  env?: Record<string, string>;
 }
 
-Deno.test("passing failures are tried again, others are not", async () => {
-  const passing = [408, 429, 500, 502, 503, 504];
-  const kinds: Record<number, ErrorKind> = { 403: "auth", 404: "not-found" };
-  for (const code of [...passing, 400, 403, 404, 405, 410, 451]) {
-    await using registry = serveImage();
-    registry.faults = [{ kind: "status", code }];
-    const attempt = () => pull(registry, { retries: 3 });
-    await failure(attempt, kinds[code] ?? "network", new RegExp(String(code)));
-    assert.equal(paths(registry, "/blobs/").length, passing.includes(code) ? 4 : 1, String(code));
+/** A registry over http and one over https, and each code path of requests through a proxy to them. */
+async function startProxied() {
+  await using stack = new AsyncDisposableStack();
+  const tls = await makeSignedCertificate(["registry.example", "registry.corp", "198.51.100.7", "2001:db8::1"]);
+  const caFile = stack.use(new Scratch()).at("ca.pem", tls.ca);
+  const plain = stack.use(serveImage());
+  const secure = stack.use(serveImage({ tls }));
+  const https = ["--protocol", "detect"];
+  const env = { SSL_CERT_FILE: caFile };
+  const codePaths: Record<string, ProxiedPath> = {
+    "http": { variable: "HTTP_PROXY", registry: plain, args: [] },
+    "http, insecure": { variable: "http_proxy", registry: plain, args: ["--insecure"] },
+    "http, all_proxy": { variable: "all_proxy", registry: plain, args: [] },
+    "https, --ca-file": { variable: "HTTPS_PROXY", registry: secure, args: [...https, "--ca-file", caFile] },
+    "https, SSL_CERT_FILE": { variable: "https_proxy", registry: secure, args: https, env },
+    "https, --insecure": { variable: "https_proxy", registry: secure, args: [...https, "--insecure"] },
+    "https, ALL_PROXY": { variable: "ALL_PROXY", registry: secure, args: [...https, "--insecure"] },
+  };
+  const running = stack.move();
+  return { codePaths, [Symbol.asyncDispose]: () => running.disposeAsync() };
+}
+
+Deno.test("loopback never goes through a proxy, with or without a password", async (t) => {
+  const [tls, own] = [await makeSignedCertificate(), await makeCertificate()];
+  using scratch = new Scratch();
+  const [caFile, ownFile] = [scratch.at("ca.pem", tls.ca), scratch.at("own.pem", own.cert)];
+  await using proxy = startProxy();
+  const variables = ["HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"];
+  const proxies = Object.fromEntries(variables.map((name) => [name, proxy.url]));
+  const table: [host: string, options: RegistryOptions, args: string[], env?: Record<string, string>][] = [
+    ["127.0.0.1", { auth: "basic" }, []],
+    ["localhost", { auth: "bearer", storage: true }, []],
+    ["localhost", { auth: "bearer" }, ["--protocol", "detect"]],
+    ["127.0.0.1", { auth: "bearer", tls }, ["--protocol", "https", "--insecure"]],
+    ["localhost", { auth: "bearer", tls, storage: true }, ["--protocol", "https", "--ca-file", caFile]],
+    ["localhost", { auth: "bearer", tls: own }, ["--protocol", "https", "--ca-file", ownFile]],
+    ["localhost", { auth: "bearer", tls }, ["--protocol", "https"], { SSL_CERT_FILE: caFile }],
+    ["localhost", { auth: "bearer", tls }, ["--protocol", "https"], { DENO_CERT: caFile }],
+  ];
+  for (const [host, options, args, more] of table) {
+    await t.step(`${host} ${options.auth} ${args.slice(1, 3)} ${Object.keys(more ?? {})}`, async () => {
+      await using registry = serveImage({ ...options, users });
+      const source = `${registry.host.replace("127.0.0.1", host)}/ns/wheels:1.0`;
+      await exits(0, [...args, source], { env: { ...proxies, ...LOGIN, ...more } }, runProgram);
+      assert.deepEqual(proxy.requests, []);
+    });
   }
 });
 
-Deno.test("a connection that is reset or refused is tried again", async (t) => {
-  await t.step("reset, then right", async () => {
+Deno.test("a proxy's user name and password are never printed, and an unusable proxy is an error", async (t) => {
+  const table: [value: string, code: number][] = [
+    ["http://peter:secret@127.0.0.1:1", 5],
+    ["http://peter:sec%40ret@127.0.0.1:1", 5],
+    ["https://peter:secret@127.0.0.1:1", 5],
+    ["socks5://peter:secret@127.0.0.1:1", 5],
+    ["peter:secret@127.0.0.1:1", 5],
+    ["http://peter:secret@[bad", 2],
+    ["http://peter:sec/ret@host:3128", 2],
+    ["http://peter:secret@host:99999", 2],
+    ["ftp://peter:secret@host", 2],
+    ["http://", 2],
+  ];
+  await using proxied = await startProxied();
+  using scratch = new Scratch();
+  await steps(t, proxied.codePaths, async ({ variable, registry, args, env }) => {
+    for (const [value, expected] of table) {
+      for (const form of [["-v"], ["--json", "-o", scratch.at("layer")]]) {
+        const given = { env: { ...env, [variable]: value } };
+        const { code, stdout, stderr } = await run([...TO_STDOUT, ...args, ...form, PUBLIC], given);
+        const text = stderr + stdout;
+        assert.equal(code, expected, `${value}: ${text}`);
+        assert.doesNotMatch(text, /secret|sec(?:%40|@|\/)ret|peter/, value);
+        if (code === 2) assert(text.includes(variable), `${value}: ${text}`);
+      }
+    }
+    assert.deepEqual(registry.requests, []);
+  });
+  await t.step("from the real environment", async () => {
+    for (const args of [[], ["--insecure"]]) {
+      for (const value of ["socks5://peter:secret@127.0.0.1:1", "peter:secret@127.0.0.1:1"]) {
+        const env = { HTTPS_PROXY: value };
+        const text = await exits(5, ["--protocol", "https", ...args, PUBLIC], { env }, runProgram);
+        assert.doesNotMatch(text, /secret|peter/);
+      }
+    }
+  });
+});
+
+Deno.test("NO_PROXY means the same on every code path", async (t) => {
+  const table: [value: string, host: string, isDirect: boolean][] = [
+    ["", "registry.corp", false],
+    ["*", "registry.corp", true],
+    ["corp", "registry.corp", true],
+    [".corp", "registry.corp", true],
+    ["*.corp", "registry.corp", true],
+    ["registry.corp", "registry.corp:5000", true],
+    ["other.example,  Registry.CORP", "registry.corp", true],
+    ["registry.corp:5000", "registry.corp:5000", true],
+    ["registry.corp:5001", "registry.corp:5000", false],
+    ["istry.corp,a.registry.corp,corp.example", "registry.corp", false],
+    ["198.51.100.7", "198.51.100.7:5000", true],
+    ["198.51.100.0/24", "198.51.100.7:5000", true],
+    ["198.51.100.0/30,198.51.101.0/24", "198.51.100.7:5000", false],
+    ["2001:db8::/32", "[2001:db8::1]:5000", true],
+    ["2001:db9::/32", "[2001:db8::1]:5000", false],
+  ];
+  await using proxied = await startProxied();
+  for (const [value, host, isDirect] of table) {
+    await t.step(`${value} for ${host}`, async () => {
+      await Promise.all(
+        Object.values(proxied.codePaths).map(async ({ variable, registry, args, env }) => {
+          await using proxy = startProxy({ route: () => registry.host });
+          const exempting = variable === variable.toUpperCase() ? "no_proxy" : "NO_PROXY";
+          const given = { env: { ...env, [variable]: proxy.url, [exempting]: value } };
+          // There is no registry at these hosts, so direct requests fail.
+          const all = [...TO_STDOUT, ...args, "--timeout", "1", `${host}/ns/wheels:1.0`];
+          const { code, stderr } = await run(all, given);
+          assert.equal(code === 0, !isDirect, stderr);
+          assert.equal(proxy.requests.length > 0, !isDirect, stderr);
+          if (isDirect) assert(!stderr.includes(proxy.host), stderr);
+        }),
+      );
+    });
+  }
+});
+
+Deno.test("a silent proxy fails after the timeout, on every code path", async () => {
+  await using proxied = await startProxied();
+  const attempts = Object.values(proxied.codePaths).flatMap(({ variable, args, env }) =>
+    (["silent", "silent-tunnel"] as const).map(async (behavior) => {
+      await using proxy = startProxy({ behavior });
+      const given = { env: { ...env, [variable]: proxy.url } };
+      const stderr = await exits(5, [...args, "--timeout", "1", PUBLIC], given);
+      assert.match(stderr, /\b1 s\b/);
+      if (behavior === "silent") assert(stderr.includes(proxy.host), stderr);
+      assert.equal(proxy.requests.length, 1);
+    })
+  );
+  await Promise.all(attempts);
+});
+
+Deno.test("a process that waits for a silent proxy ends after the timeout, and on SIGINT", async (t) => {
+  for (const [timeout, expected] of [["1", 5], ["60", 130]] as const) {
+    for (const more of [["--insecure"], []]) {
+      await t.step(`exit ${expected} ${more}`, async () => {
+        const arrived = Promise.withResolvers<void>();
+        const behavior = (): ProxyBehavior => {
+          arrived.resolve();
+          return "silent";
+        };
+        await using proxy = startProxy({ behavior });
+        const args = [...TO_STDOUT, "--protocol", "https", "--timeout", timeout, ...more, PUBLIC];
+        const child = spawnProgram(args, { env: { HTTPS_PROXY: proxy.url } });
+        await Promise.race([arrived.promise, child.status]);
+        const start = performance.now();
+        if (expected === 130) child.kill("SIGINT");
+        // A program that hangs must not make the test hang.
+        const timer = setTimeout(() => child.kill("SIGKILL"), 5000);
+        const { code, stderr } = await child.output();
+        clearTimeout(timer);
+        assert.equal(code, expected, new TextDecoder().decode(stderr));
+        assert(performance.now() - start < 3000);
+      });
+    }
+  }
+});
+
+Deno.test("a failure of the proxy is reported as the proxy's, with its status", async (t) => {
+  const table: [behavior: ProxyBehavior, words: RegExp, requests: number, isAmbiguous?: boolean][] = [
+    [403, /\b403\b/, 1, true],
+    [407, /\b407\b/, 1],
+    [502, /\b502\b/, 2, true],
+    ["close", /./, 2, true],
+  ];
+  await using proxied = await startProxied();
+  await steps(t, proxied.codePaths, async ({ variable, registry, args, env }) => {
+    const check = async (host: string, words: RegExp) => {
+      const given = { env: { ...env, [variable]: `http://peter:secret@${host}` } };
+      const stderr = await exits(5, [...args, "--retries", "1", PUBLIC], given);
+      assert.match(stderr, words);
+      assert.match(stderr, /proxy/i);
+      assert(stderr.includes(host), stderr);
+      assert.doesNotMatch(stderr, /--protocol http\b|peter|secret/);
+    };
+    for (const [behavior, words, requests, isAmbiguous] of table) {
+      // The answer to a plain request could be the registry's.
+      if (isAmbiguous && variable.toLowerCase() !== "https_proxy" && !args.includes("detect")) continue;
+      await using proxy = startProxy({ behavior });
+      await check(proxy.host, words);
+      assert.equal(proxy.requests.length, requests, String(behavior));
+    }
+    await check(await closedHost(), /refused/i);
+    await using proxy = startProxy({ route: () => registry.host, credentials: "us@r:p:w %" });
+    // ALL_PROXY gives way to the variable of the scheme.
+    const all: Record<string, string> = /^all/i.test(variable) ? {} : { ALL_PROXY: "http://127.0.0.1:1" };
+    const given = { ...env, ...all, [variable]: `http://us%40r:p%3Aw%20%25@${proxy.host}` };
+    await exits(0, [...args, PUBLIC], { env: given });
+    assert(registry.requests.every(({ headers }) => !headers.has("proxy-authorization")));
+  });
+});
+
+// Failures and retries
+
+Deno.test("transient failures are retried, others are not", async () => {
+  const transient = [408, 429, 500, 502, 503, 504];
+  const kinds: Record<number, ErrorKind> = { 403: "auth", 404: "not-found" };
+  for (const code of [...transient, 400, 403, 404, 405, 410, 451]) {
+    await using registry = serveImage();
+    registry.faults = ({ path }) => path.endsWith(LAYER_PATH) ? [{ kind: "status", code }] : [];
+    const attempt = () => pull(registry, { retries: 3 });
+    await assertFails(attempt, kinds[code] ?? "network", new RegExp(String(code)));
+    assert.equal(paths(registry, LAYER_PATH).length, transient.includes(code) ? 4 : 1, String(code));
+  }
+});
+
+Deno.test("a connection that is reset or refused is retried", async (t) => {
+  await t.step("reset once", async () => {
     await using registry = serveImage({ auth: "bearer", storage: true });
     registry.faults = ({ count }) => count === 1 ? [{ kind: "reset" }] : [];
-    assert.deepEqual((await pull(registry, { retries: 1 })).tarball, LAYER);
+    await pullsLayer(registry, { retries: 1 });
   });
-  await t.step("reset within a manifest, then right", async () => {
+  await t.step("reset within a manifest", async () => {
     await using registry = serveImage();
-    registry.faults = ({ count, path }) =>
-      path.includes("/manifests/") && count === 1 ? [{ kind: "dieAt", byte: 20 }] : [];
-    assert.deepEqual((await pull(registry)).tarball, LAYER);
+    const fault: Fault = { kind: "dieAt", byte: 20 };
+    registry.faults = ({ count, path }) => path.includes("/manifests/") && count === 1 ? [fault] : [];
+    await pullsLayer(registry);
   });
-  await t.step("refused for good", async () => {
+  await t.step("refused each time", async () => {
     const host = await closedHost();
-    const delays: number[] = [];
-    const delay = (milliseconds: number) => Promise.resolve(void delays.push(milliseconds));
-    await failure(() => pull(`${host}/ns/wheels`, { retries: 3, delay }), "network", /refused/);
+    const { delays, delay } = recordDelays();
+    await assertFails(() => pull(`${host}/ns/wheels`, { retries: 3, delay }), "network", /refused/);
     assert.equal(delays.length, 3);
   });
 });
 
-Deno.test("a refused connection is one whatever the image is called", async () => {
+Deno.test("the name of an image is not taken for a failure", async () => {
   await using registry = serveImage();
   registry.pushImage("ns/wheels", "SELF_SIGNED_CERT", IMAGE);
-  const { tarball } = await pull(`${registry.host}/ns/wheels:SELF_SIGNED_CERT`, { protocol: "detect" });
-  assert.deepEqual(tarball, LAYER);
+  await pullsLayer(`${registry.host}/ns/wheels:SELF_SIGNED_CERT`, { protocol: "detect" });
 });
 
-Deno.test("delays grow, and are drawn by lot", async () => {
+Deno.test("an unknown host is not retried, and a failing name server is", async (t) => {
+  const temporary = "dns error: failed to lookup address information: Temporary failure in name resolution";
+  await steps(t, { [UNKNOWN_HOST]: 0, [temporary]: 2 }, async (expected, reason) => {
+    const { delays, delay } = recordDelays();
+    const fetch = (input: RequestInfo | URL) => Promise.reject(connectError(String(input), reason));
+    const attempt = () => pull(PUBLIC, { protocol: "https", retries: 2, fetch, delay });
+    await assertFails(attempt, "network", /registry\.example/);
+    assert.equal(delays.length, expected);
+  });
+  const isUnknown = await lookup("registry.invalid").then(() => false, ({ code }) => code === "ENOTFOUND");
+  const fromNameServer = async () => {
+    for (const insecure of [false, true]) {
+      for (const protocol of ["http", "https", "detect"] as const) {
+        const attempt = () => pull("registry.invalid/x", { insecure, protocol, delay: noRetry });
+        await assertFails(attempt, "network", /registry\.invalid/);
+      }
+    }
+  };
+  await t.step({ name: "an answer of a real name server", ignore: !isUnknown, fn: fromNameServer });
+  await t.step("the next mirror is used at once", async () => {
+    const { fetch } = fakeNetwork({ "https://registry.example": answerImage });
+    await pullsLayer(PUBLIC, { protocol: "https", fetch, delay: noRetry, mirrors: ["https://mirror.example"] });
+  });
+});
+
+Deno.test("delays grow, and are random", async () => {
   await using registry = serveImage();
   registry.faults = () => [{ kind: "status", code: 503 }];
   const { random } = Math;
   using _restored = { [Symbol.dispose]: () => void (Math.random = random) };
-  const delaysFor = async (lot: number, retries = 4): Promise<number[]> => {
-    Math.random = () => lot;
-    const delays: number[] = [];
-    const delay = (milliseconds: number) => Promise.resolve(void delays.push(milliseconds));
-    await failure(() => pull(registry, { retries, delay }), "network", /503/);
+  const delaysFor = async (value: number, retries = 4): Promise<number[]> => {
+    Math.random = () => value;
+    const { delays, delay } = recordDelays();
+    await assertFails(() => pull(registry, { retries, delay }), "network", /503/);
     return delays;
   };
   const [low, high] = [await delaysFor(0.25), await delaysFor(0.75)];
@@ -931,43 +1548,38 @@ Deno.test("delays grow, and are drawn by lot", async () => {
   assert.deepEqual(await delaysFor(0), [0, 0, 0, 0]);
 });
 
-Deno.test("Retry-After is obeyed where it makes sense", async () => {
+Deno.test("Retry-After is obeyed if it is valid and not too long", async () => {
   const now = Date.parse("2030-01-01T00:00:00Z");
-  const obeyed: [value: string, milliseconds: number][] = [
-    ["7", 7000],
-    ["60", 60_000],
-    ["Tue, 01 Jan 2030 00:00:20 GMT", 20_000],
-  ];
+  const obeyed: Record<string, number> = { "7": 7000, "60": 60_000, "Tue, 01 Jan 2030 00:00:20 GMT": 20_000 };
   const ignored = ["Mon, 31 Dec 2029 23:00:00 GMT", "soon", "-5", "1.5", "", "880\xb5s"];
-  const refused: [value: string, words: RegExp][] = [
-    ["61", /\b61 s\b.*/],
-    ["99999999999999999999", /wait/],
-    ["Tue, 01 Jan 2030 00:02:00 GMT", /\b120 s\b/],
-  ];
+  const refused: Record<string, RegExp> = {
+    "61": /\b61 s\b/,
+    "99999999999999999999": /wait/,
+    "Tue, 01 Jan 2030 00:02:00 GMT": /\b120 s\b/,
+  };
   const body = JSON.stringify({ errors: [{ code: "TOOMANYREQUESTS", message: "come back tomorrow" }] });
-  for (const value of [...obeyed, ...ignored, ...refused].map((entry) => [entry].flat()[0] as string)) {
-    for (const [code, part] of [[429, "/manifests/"], [503, "/blobs/"]] as const) {
+  for (const value of [...Object.keys(obeyed), ...ignored, ...Object.keys(refused)]) {
+    for (const [code, part] of [[429, "/manifests/"], [503, LAYER_PATH]] as const) {
       await using registry = serveImage();
       const fault: Fault = { kind: "status", code, headers: { "retry-after": value }, body };
       registry.faults = ({ path, count }) => path.includes(part) && count === 1 ? [fault] : [];
-      const delays: number[] = [];
-      const delay = (milliseconds: number) => Promise.resolve(void delays.push(milliseconds));
+      const { delays, delay } = recordDelays();
       const attempt = () => pull(registry, { delay, now: () => now });
-      const [, words] = refused.find(([text]) => text === value) ?? [];
+      const words = refused[value];
       if (words === undefined) assert.deepEqual((await attempt()).tarball, LAYER);
       else {
-        const { message } = await failure(attempt, "network", words);
+        const { message } = await assertFails(attempt, "network", words);
         assert(message.includes(String(code)) && message.includes("come back tomorrow"), message);
         assert.equal(paths(registry, part).length, 1);
       }
-      const own = delays.length === 1 && delays.every((delay) => delay >= 0 && delay <= 500);
-      if (ignored.includes(value)) assert(own, `"${value}": ${delays}`);
-      else assert.deepEqual(delays, obeyed.filter(([text]) => text === value).map(([, wait]) => wait), value);
+      const isOwn = delays.length === 1 && delays.every((delay) => delay >= 0 && delay <= 500);
+      if (ignored.includes(value)) assert(isOwn, `"${value}": ${delays}`);
+      else assert.deepEqual(delays, [obeyed[value] ?? []].flat(), value);
     }
   }
 });
 
-Deno.test("a registry that falls silent is given up, before its answer or within", async () => {
+Deno.test("a registry that is silent fails after the timeout, before its answer or within", async () => {
   const never = () => new Promise<undefined>(() => {});
   const tls = await makeCertificate();
   for (const options of [{}, { onRequest: never }, { tls }, { tls, onRequest: never }]) {
@@ -975,11 +1587,11 @@ Deno.test("a registry that falls silent is given up, before its answer or within
     registry.faults = [{ kind: "stall", byte: 0 }];
     const trust = "tls" in options ? { protocol: "https", insecure: true } as const : {};
     const attempt = () => pull(registry, { ...trust, timeout: 0.05, retries: 1 });
-    await failure(attempt, "network", /: nothing came for 0\.05 s$/);
+    await assertFails(attempt, "network", /: no data received for 0\.05 s$/);
   }
 });
 
-Deno.test("signal ends a wait between two tries", async () => {
+Deno.test("signal ends a wait between two attempts", async () => {
   await using registry = serveImage();
   registry.faults = () => [{ kind: "status", code: 503, headers: { "retry-after": "60" } }];
   const controller = new AbortController();
@@ -989,8 +1601,231 @@ Deno.test("signal ends a wait between two tries", async () => {
   await assert.rejects(pull(registry, options), reason);
 });
 
+const PAGE = "<!DOCTYPE html><html><body>Log in</body></html>";
+
+/** Options of a registry over http and over https, and the options to fetch from it. */
+async function bothSchemes(): Promise<Record<string, { options: RegistryOptions; trust: FetchWheelsOptions }>> {
+  const tls = await makeSignedCertificate();
+  return {
+    http: { options: {}, trust: {} },
+    https: { options: { tls }, trust: { protocol: "https", insecure: true } },
+  };
+}
+
+Deno.test("an HTML page or compressed bytes instead of a document are named", async (t) => {
+  const html = { "content-type": "text/html; charset=utf-8" };
+  const manifest = { "content-type": MEDIA.ociManifest };
+  type Body = string | Uint8Array<ArrayBuffer>;
+  const table: [name: string, body: Body, headers: Record<string, string>, words: RegExp][] = [
+    ["a login page", PAGE, html, /text\/html.*(?:login|proxy)/s],
+    ["a login page of the wrong type", `\n ${PAGE.toLowerCase()}`, manifest, /HTML|text\/html/i],
+    ["gzip", gzip(IMAGE.manifest), manifest, /gzip/],
+    ["gzip that says so", gzip(IMAGE.manifest), { "content-encoding": "gzip" }, /gzip/],
+  ];
+  for (const { options, trust } of Object.values(await bothSchemes())) {
+    for (const [name, body, headers, words] of table) {
+      for (const part of ["/manifests/1.0", "/manifests/sha256:", "/token"]) {
+        const onRequest = answerTo(part, () => new Response(body, { headers }));
+        await using registry = serveImage({ ...options, ...part === "/token" && { auth: "bearer" }, onRequest });
+        const source = `${registry.host}/ns/wheels${part.includes("sha256") ? `@${IMAGE.digest}` : ":1.0"}`;
+        const attempt = () => pull(source, { ...trust, delay: noRetry });
+        await t.step(
+          `${name} for ${part}`,
+          async () => void await explanation(attempt, "integrity|network|auth", words),
+        );
+      }
+    }
+  }
+  await t.step("a gzip-encoded layer", async () => {
+    const headers = { "content-encoding": "gzip" };
+    const onRequest = answerTo(LAYER_PATH, () => new Response(gzip(LAYER), { headers }));
+    await using registry = serveImage({ onRequest });
+    await explanation(() => pull(registry, { retries: 0 }), "integrity", /gzip/);
+  });
+});
+
+/** Answers with one byte every 50 ms. */
+function trickle(text: string | Uint8Array, status = 200): Response {
+  const bytes = toBytes(text);
+  let sent = 0;
+  let timer: ReturnType<typeof setInterval> | undefined;
+  const body = new ReadableStream<Uint8Array>({
+    start(controller) {
+      timer = setInterval(() => controller.enqueue(bytes.slice(sent, ++sent)), 50);
+    },
+    cancel: () => clearInterval(timer),
+  });
+  return new Response(body, { status, headers: { "content-type": "application/json" } });
+}
+
+Deno.test("a small document that trickles fails after four timeouts, and a layer does not", async (t) => {
+  const table: [name: string, part: string, answer: () => Response, kind: ErrorKind][] = [
+    ["a manifest", "/manifests/", () => trickle(IMAGE.manifest), "network"],
+    ["an endless manifest", "/manifests/", () => trickle(" ".repeat(1e5)), "network"],
+    ["a token", "/token", () => trickle(`{"token":"${"t".repeat(500)}"}`), "network"],
+    ["an error", "/manifests/", () => trickle(" ".repeat(500), 404), "not-found"],
+  ];
+  await steps(t, await bothSchemes(), async ({ options, trust }) => {
+    await Promise.all(table.map(async ([name, part, answer, kind]) => {
+      const auth = part === "/token" ? "bearer" : "none";
+      await using registry = serveImage({ ...options, auth, onRequest: answerTo(part, answer) });
+      const signal = AbortSignal.timeout(5000);
+      await assertFails(() => pull(registry, { ...trust, timeout: 0.2, retries: 0, signal }), kind);
+      assert(!signal.aborted, name);
+    }));
+  });
+  await t.step("a layer", async () => {
+    await using registry = serveImage();
+    const slow: Fault = { kind: "trickle", bytesPerSecond: LAYER.length / 1.2 };
+    registry.faults = ({ path }) => path.endsWith(LAYER_PATH) ? [slow] : [];
+    await pullsLayer(registry, { timeout: 0.2, delay: noRetry });
+  });
+});
+
+Deno.test("http sent to an https port, and https sent to an http port, are named", async (t) => {
+  const bodies = {
+    "Go": "Client sent an HTTP request to an HTTPS server.\n",
+    "nginx": "<html><head><title>400 The plain HTTP request was sent to HTTPS port</title></head></html>",
+  };
+  await steps(t, bodies, async (body) => {
+    await using registry = startRegistry({ onRequest: () => new Response(body, { status: 400 }) });
+    await explanation(() => pull(registry), "network", /https.*--protocol https\b/s);
+    assert.equal(registry.requests.length, 1);
+  });
+  await t.step("http at an https port that closes the connection", async () => {
+    await using registry = serveImage({ tls: await makeSignedCertificate() });
+    await explanation(() => pull(registry, { retries: 0 }), "network", /https/i);
+  });
+  await t.step("https at an http port", async () => {
+    await using registry = serveImage();
+    for (const insecure of [false, true]) {
+      const attempt = () => pull(registry, { insecure, protocol: "https", delay: noRetry });
+      await explanation(attempt, "network", /\bhttp\b.*--protocol http\b/is);
+    }
+  });
+});
+
+Deno.test("several ranges that get a 401 at the same time share one renewal", async () => {
+  const { bytes, digest } = largeLayer();
+  let waiting = 0;
+  const all = Promise.withResolvers<void>();
+  const onRequest: RegistryOptions["onRequest"] = async (_request, { path, count }) => {
+    if (!path.endsWith(digest) || count <= 2 || waiting === 2) return undefined;
+    // The first request is served slowly, so that it is split; two ranges are held until both have the old token.
+    if (++waiting === 2) {
+      registry.revokeTokens();
+      all.resolve();
+    }
+    await all.promise;
+    return undefined;
+  };
+  await using registry = startRegistry({ auth: "bearer", onRequest });
+  const slow: Fault = { kind: "trickle", bytesPerSecond: 8e6 };
+  registry.faults = ({ path, count }) => path.endsWith(digest) && count === 1 ? [slow] : [];
+  const source = serveLarge(registry);
+  const { tarball } = await pull(source, { connections: 4, timeout: 5, retries: 0 });
+  assertSame(tarball, bytes);
+  assert(registry.requests.filter(({ status }) => status === 401).length >= 3);
+  assert.equal(paths(registry, "token /token").length, 2);
+});
+
+Deno.test("a token that is refused with 400 is renewed once, as with 401", async (t) => {
+  const message = "Your authorization token has expired. Reauthenticate and try again.";
+  const body = JSON.stringify({ errors: [{ code: "DENIED", message }] });
+  const expired: Fault = { kind: "status", code: 400, headers: { "content-type": "application/json" }, body };
+  // The manifest's first answer is the challenge.
+  await steps(t, { "/manifests/": 2, [LAYER_PATH]: 1 }, async (first, part) => {
+    for (const [auth, last] of [["bearer", first], ["bearer", Infinity], ["none", Infinity]] as const) {
+      await using registry = serveImage({ auth });
+      const from = auth === "none" ? 1 : first;
+      registry.faults = ({ path, count }) => path.includes(part) && count >= from && count <= last ? [expired] : [];
+      if (last === first) await pullsLayer(registry);
+      else await assertFails(() => pull(registry, { delay: noRetry }), "network", /400.*has expired/);
+      assert.equal(paths(registry, "token /token").length, auth === "none" ? 0 : 2);
+      assert.equal(paths(registry, part).length, auth === "none" ? 1 : first + 1);
+    }
+  });
+});
+
+// Installed servers
+
+const SERVERS = ["docker-registry", "nginx", "htpasswd", "tinyproxy"];
+const missing = SERVERS.filter((program) => !isInPath(program));
+
+/** Pushes an image by the distribution API. */
+async function push(host: string, repository: string, tag: string, image: MadeImage): Promise<void> {
+  const request = async (method: string, url: URL, body?: BodyInit, contentType = "application/octet-stream") => {
+    const response = await fetch(url, { method, body, headers: { "content-type": contentType } });
+    await response.body?.cancel();
+    assert(response.ok, `${method} ${url}: ${response.status}`);
+    return response.headers.get("location") ?? "";
+  };
+  const base = new URL(`http://${host}/v2/${repository}/`);
+  for (const [digest, blob] of image.blobs) {
+    const uploads = new URL("blobs/uploads/", base);
+    const location = new URL(await request("POST", uploads), uploads);
+    location.searchParams.set("digest", digest);
+    await request("PUT", location, blob);
+  }
+  await request("PUT", new URL(`manifests/${tag}`, base), image.manifest, image.mediaType);
+}
+
+Deno.test({
+  name: `docker-registry behind nginx and tinyproxy, both with passwords${missing.length ? ` (needs ${missing})` : ""}`,
+  ignore: missing.length > 0,
+  async fn(t) {
+    const tls = await makeSignedCertificate(["registry.example", "denied.example", "127.0.0.1"]);
+    using scratch = new Scratch();
+    const caFile = scratch.at("ca.pem", tls.ca);
+    await using registry = await startDockerRegistry();
+    await push(registry.host, "ns/wheels", "1.0", IMAGE);
+    const user = { username: "user", password: "S3CRET" };
+    await using nginx = await startNginx({ upstream: registry.host, tls, credentials: user });
+    await using names = startProxy({ route: () => nginx.host });
+    const credentials = { username: "peter", password: "pr0xy" };
+    await using proxy = await startTinyproxy({ upstream: names.host, credentials, denied: ["^denied\\."] });
+    await using broken = await startTinyproxy({ upstream: await closedHost() });
+
+    const login = { REGISTRY_USERNAME: "user", REGISTRY_PASSWORD: "S3CRET\n" };
+    const wrong = { REGISTRY_USERNAME: "user", REGISTRY_PASSWORD: "wrong" };
+    const direct = `${nginx.host}/ns/wheels:1.0`;
+    const https = (url: string) => ({ ...login, HTTPS_PROXY: `http://${url}` });
+    const through = https(`peter:pr0xy@${proxy.host}`);
+    const table: [name: string, source: string, env: Record<string, string>, code: number, words?: RegExp][] = [
+      ["nginx", direct, login, 0],
+      ["nginx, not through a proxy", direct, https("127.0.0.1:1"), 0],
+      ["nginx, wrong password", direct, wrong, 4, /401/],
+      ["nginx, no password", direct, {}, 4],
+      ["tinyproxy", PUBLIC, through, 0],
+      ["tinyproxy, by ALL_PROXY", PUBLIC, { ...login, ALL_PROXY: through.HTTPS_PROXY }, 0],
+      ["tinyproxy, wrong registry password", PUBLIC, { ...through, ...wrong }, 4, /401/],
+      ["tinyproxy, no proxy password", PUBLIC, https(proxy.host), 5, /proxy.*\b407\b/is],
+      // tinyproxy answers 401 to a wrong password.
+      ["tinyproxy, wrong proxy password", PUBLIC, https(`peter:wr0ng@${proxy.host}`), 5, /proxy.*\b401\b/is],
+      ["tinyproxy, denied host", "denied.example/ns/wheels:1.0", through, 5, /proxy.*\b403\b/is],
+      ["tinyproxy, dead upstream", PUBLIC, https(broken.host), 5, /proxy.*\b50\d\b/is],
+    ];
+    for (const trust of [["--ca-file", caFile], ["--insecure"]]) {
+      for (const [name, source, env, code, words = /./] of table) {
+        await t.step(`${name}, ${trust[0]}`, async () => {
+          const stderr = await exits(code, ["--protocol", "https", ...trust, "-v", source], { env });
+          assert.match(stderr, words);
+          assert.doesNotMatch(stderr, /peter|pr0xy|wr0ng|S3CRET/);
+          if (words.source.startsWith("proxy")) assert.doesNotMatch(stderr, /--protocol http\b/);
+        });
+      }
+      await t.step(`from the real environment, ${trust[0]}`, async () => {
+        await exits(0, ["--protocol", "https", ...trust, PUBLIC], { env: through }, runProgram);
+      });
+    }
+    await t.step("http at nginx's https port", async () => {
+      assert.match(await exits(5, [direct], { env: login }), /https/i);
+    });
+  },
+});
+
 // ---------------------------------------------------------------------------------------------------------------------
-// 4 Auth
+// 4 Registry
 // ---------------------------------------------------------------------------------------------------------------------
 
 Deno.test("parseChallenges() reads what registries send", () => {
@@ -1029,13 +1864,14 @@ Deno.test("parseChallenges() reads what registries send", () => {
   for (const [header, expected] of table) assert.deepEqual(parseChallenges(header), expected, header);
 });
 
-Deno.test("a public image costs four requests, a second registry without tokens two", async () => {
+Deno.test("an anonymous token is requested once, and an open registry needs none", async () => {
   await using closed = serveImage({ auth: "bearer" });
   await pull(closed);
   assert.deepEqual(closed.requests.map(({ origin, path, status }) => [origin, path.split("/").at(-2), status]), [
     ["registry", "manifests", 401],
     ["token", "", 200],
     ["registry", "manifests", 200],
+    ["registry", "blobs", 200], // the configuration, which says the platform
     ["registry", "blobs", 200],
   ]);
   const { search, headers } = closed.requests[1] ?? assert.fail();
@@ -1045,102 +1881,91 @@ Deno.test("a public image costs four requests, a second registry without tokens 
 
   await using open = serveImage();
   await pull(open);
-  assert.equal(open.requests.length, 2);
+  assert.equal(open.requests.length, 3);
 });
 
-Deno.test("Basic and Bearer take a password with colons, blanks and letters beyond ASCII", async () => {
-  const expected = `Basic ${Buffer.from(`${USER}:${PASSWORD}`, "utf8").toString("base64")}`;
+Deno.test("Basic and Bearer accept a password with colons, blanks and letters beyond ASCII", async () => {
   for (const auth of ["basic", "bearer"] as const) {
     await using registry = serveImage({ auth, users });
-    assert.deepEqual((await pull(registry, CREDENTIALS)).tarball, LAYER);
-    const sent = registry.requests.map(({ headers }) => headers.get("authorization"));
-    assert.deepEqual(sent.slice(0, 2), [null, expected]);
+    await pullsLayer(registry, CREDENTIALS);
+    assert.deepEqual(authorizations(registry.requests).slice(0, 2), [null, BASIC]);
   }
 });
 
 Deno.test("Bearer is preferred to Basic, whichever comes first", async () => {
   const challenge = ({ realm }: { realm: string }) => `Basic realm="r", Bearer realm="${realm}"`;
   await using registry = serveImage({ auth: "bearer", users, challenge });
-  assert.deepEqual((await pull(registry, CREDENTIALS)).tarball, LAYER);
-  const sent = registry.requests.map(({ origin, headers }) => `${origin} ${headers.get("authorization")}`.split(" "));
-  assert.deepEqual(sent.map((words) => words.slice(0, 2).join(" ")), [
-    "registry null",
-    "token Basic",
-    "registry Bearer",
-    "registry Bearer",
-  ]);
+  await pullsLayer(registry, CREDENTIALS);
+  const sent = registry.requests.map(({ origin, headers }) =>
+    `${origin} ${headers.get("authorization")?.split(" ")[0]}`
+  );
+  assert.deepEqual([...new Set(sent)], ["registry undefined", "token Basic", "registry Bearer"]);
 });
 
-Deno.test("the token may be called token or access_token", async () => {
+Deno.test("the field of a token may be token or access_token", async () => {
   for (const answer of [{ token: "t" }, { access_token: "t" }, { token: "", access_token: "t" }]) {
     await using registry = serveImage({ onRequest: tokenGate(() => answer) });
-    assert.deepEqual((await pull(registry)).tarball, LAYER);
+    await pullsLayer(registry);
   }
   for (const answer of [{}, { token: 1 }, { token: "a\nb" }, [], null]) {
     await using registry = serveImage({ onRequest: tokenGate(() => answer) });
-    await failure(() => pull(registry), "auth", /token/);
+    await assertFails(() => pull(registry), "auth", /token/);
   }
 });
 
-Deno.test("a realm's own query is kept", async () => {
+Deno.test("a realm keeps its own query", async () => {
   let query = "";
-  await using registry = serveImage({
-    onRequest: tokenGate(({ url }) => {
-      query = new URL(url).search;
-      return { token: "t" };
-    }),
+  const onRequest = tokenGate(({ url }) => {
+    query = new URL(url).search;
+    return { token: "t" };
   });
+  await using registry = serveImage({ onRequest });
   await pull(registry);
-  assert.deepEqual(Object.fromEntries(new URLSearchParams(query)), {
-    account: "x",
-    service: "s",
-    scope: "repository:ns/wheels:pull",
-  });
+  const expected = { account: "x", service: "s", scope: "repository:ns/wheels:pull" };
+  assert.deepEqual(Object.fromEntries(new URLSearchParams(query)), expected);
 });
 
-Deno.test("a refused token is renewed once, then given up", async () => {
-  for (const part of ["/manifests/", "/blobs/"]) {
+Deno.test("a token that is refused is renewed once, and a second refusal is final", async () => {
+  for (const part of ["/manifests/", LAYER_PATH]) {
     await using registry = serveImage({ auth: "bearer" });
-    let refused = 1;
+    let refusals = 1;
     registry.faults = ({ origin, path }) => {
-      const isRefused = path.includes(part) && paths(registry, "token /").length > 0 && refused-- > 0;
+      const isRefused = path.includes(part) && paths(registry, "token /").length > 0 && refusals-- > 0;
       return origin === "registry" && isRefused ? [{ kind: "expiredToken" }] : [];
     };
-    assert.deepEqual((await pull(registry)).tarball, LAYER);
+    await pullsLayer(registry);
     assert.equal(paths(registry, "token /").length, 2, part);
-    refused = Infinity;
-    await failure(() => pull(registry), "auth", /401/);
+    refusals = Infinity;
+    await assertFails(() => pull(registry), "auth", /401/);
     assert.equal(paths(registry, "token /").length, 4, part);
   }
 });
 
-Deno.test("refused credentials are an error, not an anonymous try", async () => {
-  for (const auth of ["basic", "bearer"] as const) {
-    await using registry = serveImage({ auth, users });
-    const wrong = { username: USER, password: "wrong horse" };
-    const { message, hint } = await failure(() => pull(registry, wrong), "auth", /401/);
-    assert(!`${message}${hint}`.includes("wrong horse"));
-    assert.deepEqual(registry.requests.map(({ headers }) => headers.has("authorization")), [false, true]);
-  }
+Deno.test("credentials that are refused, missing or not applicable are an error, not an anonymous request", async (t) => {
+  const wrong = { username: USER, password: "wrong horse" };
+  const table: Record<
+    string,
+    { challenge?: string; credentials?: FetchWheelsOptions; sent: boolean[]; words: RegExp }
+  > = {
+    "refused": { credentials: wrong, sent: [false, true], words: /401.*; check the user name/ },
+    "missing": { sent: [false], words: /--username/ },
+    "no challenge": { challenge: "", credentials: CREDENTIALS, sent: [false], words: /none/ },
+    "an unknown scheme": { challenge: "Negotiate", credentials: CREDENTIALS, sent: [false], words: /negotiate/ },
+    "no realm": { challenge: 'Bearer service="s"', credentials: CREDENTIALS, sent: [false], words: /bearer/ },
+    "a realm of FTP": { challenge: 'Bearer realm="ftp://h/"', credentials: CREDENTIALS, sent: [false], words: /http/ },
+  };
+  await steps(t, table, async ({ challenge, credentials, sent, words }) => {
+    for (const auth of ["basic", "bearer"] as const) {
+      await using registry = serveImage({ auth, users, challenge });
+      const text = await explanation(() => pull(registry, credentials), "auth", words);
+      assert(!text.includes("wrong horse"));
+      const atRegistry = registry.requests.filter(({ origin }) => origin === "registry" || sent.length > 1);
+      assert.deepEqual(atRegistry.map(({ headers }) => headers.has("authorization")), sent);
+    }
+  });
 });
 
-Deno.test("a private image without credentials is an error that says how to give them", async () => {
-  for (const auth of ["basic", "bearer"] as const) {
-    await using registry = serveImage({ auth, users });
-    const { hint = "" } = await failure(() => pull(registry), "auth");
-    assert.match(hint, /--username/);
-  }
-});
-
-Deno.test("a challenge that cannot be met gets no credentials", async () => {
-  for (const challenge of ["", "Negotiate", 'Bearer service="s"', 'Bearer realm="ftp://h/"']) {
-    await using registry = serveImage({ auth: "basic", users, challenge });
-    await failure(() => pull(registry, CREDENTIALS), "auth");
-    assert.deepEqual(registry.requests.map(({ headers }) => headers.has("authorization")), [false], challenge);
-  }
-});
-
-Deno.test("a token is used until it expires, which is after 60 s unless it says", async () => {
+Deno.test("a token is used until it expires, which is after 60 s by default", async () => {
   const table: [answer: { expires_in?: unknown }, elapsed: number, tokens: number][] = [
     [{}, 55, 1],
     [{}, 61, 2],
@@ -1162,7 +1987,7 @@ Deno.test("a token is used until it expires, which is after 60 s unless it says"
   }
 });
 
-Deno.test("a token that runs out in the middle of a download is renewed without losing a byte", async (t) => {
+Deno.test("a token that expires during a download is renewed without losing a byte", async (t) => {
   await t.step("again and again on one connection", async () => {
     await using registry = startRegistry({ auth: "bearer" });
     serveLayer(registry, NOISE);
@@ -1177,424 +2002,336 @@ Deno.test("a token that runs out in the middle of a download is renewed without 
     assert(blobs.length >= 7);
     for (let at = 1; at + 1 < blobs.length; at += 2) assert.equal(blobs[at]?.range, blobs[at + 1]?.range);
   });
-  await t.step("on several at once", async () => {
+  await t.step("on several connections", async () => {
     await using registry = startRegistry({ auth: "bearer" });
     serveLarge(registry);
     registry.faults = ({ path, count }) => {
-      if (path.includes("/blobs/") && count === 3) registry.revokeTokens();
+      if (path.includes("/blobs/") && count === 4) registry.revokeTokens();
       return [];
     };
-    assertSame((await pull(registry)).tarball, largeLayer().bytes);
+    const { now, fetch } = simulateLink({ perConnection: 20e6 });
+    assertSame((await pull(registry, { now, fetch })).tarball, largeLayer().bytes);
     const tokens = paths(registry, "token /").length;
     assert(tokens >= 2 && tokens <= 5, `${tokens} tokens`);
   });
 });
 
-Deno.test("a mirror is asked first, for the registry by its name, and without the registry's credentials", async (t) => {
-  for (const auth of ["none", "bearer"] as const) {
-    await t.step(`a mirror with auth ${auth}, behind one that is down and one that has nothing`, async () => {
-      await using registry = serveImage({ auth: "basic", users });
-      await using empty = startRegistry();
-      await using mirror = serveImage({ auth, storage: true });
-      const mirrors = [`http://${await closedHost()}`, `${empty.url}/`, mirror.url];
-      assertSame((await pull(registry, { mirrors, ...CREDENTIALS })).tarball, LAYER);
-      assert.deepEqual(registry.requests, []);
-      assert(empty.requests.length > 0);
-      for (const { origin, path, search, headers } of [...empty.requests, ...mirror.requests]) {
-        const authorization = headers.get("authorization") ?? "";
-        assert(auth === "none" ? authorization === "" : !authorization.startsWith("Basic"), authorization);
-        if (origin !== "registry") continue;
-        assert.match(path, /^\/v2\/ns\/wheels\/(?:manifests\/1\.0|blobs\/sha256:)/);
-        assert.equal(new URLSearchParams(search).get("ns"), registry.host);
-      }
-    });
-  }
-  await t.step("for the Hub", async () => {
-    await using mirror = startRegistry();
-    mirror.pushImage("library/python", "3", IMAGE);
-    assertSame((await pull("python:3", { mirrors: [mirror.url] })).tarball, LAYER);
-    assert(mirror.requests.every(({ search }) => search === "?ns=docker.io"));
-  });
-});
-
-Deno.test("whatever fails at a mirror, the next one or the registry makes good", async (t) => {
-  const later = { "retry-after": "3600" };
-  const faults: Record<string, Fault> = {
-    "500": { kind: "status", code: 500 },
-    "429, for an hour": { kind: "status", code: 429, headers: later },
-    "404": { kind: "status", code: 404 },
-    "403": { kind: "status", code: 403 },
-    "401 without a challenge": { kind: "status", code: 401 },
-    "no redirect's end": { kind: "status", code: 307, headers: { location: "" } },
-    "reset": { kind: "reset" },
-    "silence": { kind: "stall", byte: 0 },
-    "a cut answer": { kind: "short", byte: 0, chunked: true },
-    "an answer that breaks off": { kind: "dieAt", byte: 0 },
-  };
-  for (const [name, fault] of Object.entries(faults)) {
-    await t.step(name, async () => {
-      for (const part of ["/manifests/", "/blobs/"]) {
-        await using registry = serveImage();
-        await using mirror = serveImage();
-        mirror.faults = ({ path }) => path.includes(part) ? [fault] : [];
-        const delays: number[] = [];
-        const delay = (milliseconds: number) => Promise.resolve(void delays.push(milliseconds));
-        const { tarball } = await pull(registry, { mirrors: [mirror.url], timeout: 0.1, delay });
-        assertSame(tarball, LAYER);
-        assert(paths(mirror, part).length > 0);
-        assert(paths(registry, part).length > 0);
-        assert(delays.every((delay) => delay <= 30_000), `${delays}`);
-      }
-    });
-  }
-  await t.step("another manifest than its digest names", async () => {
-    await using registry = serveImage();
-    await using mirror = startRegistry();
-    const other = makeImage({ layers: [NOISE] });
-    mirror.pushManifest("ns/wheels", IMAGE.digest, other.manifest, other.mediaType);
-    const source = `${registry.host}/ns/wheels@${IMAGE.digest}`;
-    assertSame((await pull(source, { mirrors: [mirror.url] })).tarball, LAYER);
-  });
-  await t.step("and the registry's own failure is what is told", async () => {
-    await using registry = startRegistry();
-    await using mirror = startRegistry({ auth: "basic" });
-    const { message } = await failure(() => pull(registry, { mirrors: [mirror.url] }), "not-found");
-    assert(message.includes(registry.host), message);
-  });
-});
-
-// ---------------------------------------------------------------------------------------------------------------------
-// 5 Manifest
-// ---------------------------------------------------------------------------------------------------------------------
-
-Deno.test("selectManifest() chooses what runs there, and nothing else", () => {
-  const digest = `sha256:${HEX}`;
-  const on = (text: string, annotations?: Record<string, string>): Descriptor => {
-    const [os = "", architecture = "", variant] = text.split("/");
-    return { digest, platform: { os, architecture, ...(variant && { variant }) }, ...(annotations && { annotations }) };
-  };
-  const about = { "vnd.docker.reference.type": "attestation-manifest" };
-  const attestation = on("unknown/unknown", about);
-  const bare: Descriptor = { digest };
-  const table: [platform: string, entries: Descriptor[], expected: number | undefined][] = [
-    ["linux/amd64", [on("linux/arm64"), on("linux/amd64")], 1],
-    ["linux/amd64", [on("windows/amd64"), on("linux/amd64")], 1],
-    ["linux/amd64", [on("linux/arm64")], undefined],
-    ["linux/amd64", [on("linux/386"), on("windows/amd64")], undefined],
-    ["linux/amd64", [], undefined],
-    ["linux/amd64", [bare], 0],
-    ["linux/amd64", [bare, bare], undefined],
-    ["linux/amd64", [attestation, bare], 1],
-    ["linux/amd64", [on("unknown/unknown"), bare], 1],
-    ["linux/amd64", [bare, on("linux/arm64")], undefined],
-    ["linux/amd64", [attestation], undefined],
-    ["linux/amd64", [on("linux/amd64", about), on("linux/amd64")], 1],
-    ["linux/amd64", [on("unknown/unknown"), on("linux/amd64"), attestation], 1],
-    ["linux/amd64", [on("linux/x86_64")], 0],
-    ["linux/amd64", [on("linux/amd64/v3"), on("linux/amd64")], 1],
-    ["linux/amd64", [on("linux/amd64/v3"), on("linux/amd64/v2")], 0],
-    ["linux/amd64/v2", [on("linux/amd64"), on("linux/amd64/v2")], 1],
-    ["linux/amd64/v4", [on("linux/amd64"), on("linux/amd64/v3")], undefined],
-    ["linux/arm64", [on("linux/arm64/v8")], 0],
-    ["linux/arm64/v8", [on("linux/arm64")], 0],
-    ["linux/arm64/v8", [on("linux/arm64/v9")], undefined],
-    ["linux/arm/v7", [on("linux/arm/v6"), on("linux/arm/v7")], 1],
-    ["linux/arm/v7", [on("linux/arm")], 0],
-    ["linux/arm/v6", [on("linux/arm"), on("linux/arm/v7")], undefined],
-    ["linux/armhf", [on("linux/arm/v6"), on("linux/arm/v7")], 1],
-    ["linux/arm64", [on("linux/arm/v7"), on("linux/arm")], undefined],
-    ["linux/amd64", [on("linux/constructor"), on("linux/amd64")], 1],
-  ];
-  for (const [platform, entries, expected] of table) {
-    const actual = selectManifest(entries, parsePlatform(platform));
-    const at = actual === undefined ? undefined : entries.indexOf(actual);
-    assert.equal(at, expected, `${platform} from ${JSON.stringify(entries)}`);
-  }
-});
-
-const ARM = makeImage({ layers: [BASE, gzip(toBytes("not for amd64"))], architecture: "arm64" });
-const DOCKER = makeImage({ layers: [BASE, LAYER], format: "docker" });
-const SCHEMA1_FIELDS = { layers: [BASE, LAYER], name: "ns/wheels", tag: "1.0", architecture: "amd64" };
-const SCHEMA1 = makeSchema1(SCHEMA1_FIELDS);
-const SIGNED = makeSchema1({ ...SCHEMA1_FIELDS, signed: true });
-
-Deno.test("manifests of each kind lead to the final layer, by tag, by digest and by both", async (t) => {
-  const table: [name: string, image: MadeImage, index?: "oci" | "docker"][] = [
-    ["OCI manifest", IMAGE],
-    ["Docker schema 2", DOCKER],
-    ["Docker schema 1", SCHEMA1],
-    ["Docker schema 1, signed", SIGNED],
-    ["OCI index", IMAGE, "oci"],
-    ["Docker list", DOCKER, "docker"],
-    ["Docker list of schema 1, signed", SIGNED, "docker"],
-  ];
-  for (const [name, image, format] of table) {
-    await using registry = serveImage({}, image);
-    let { digest } = image;
-    if (format !== undefined) {
-      registry.pushImage("ns/wheels", ARM.digest, ARM);
-      const index = makeIndex([ARM.descriptor, image.descriptor], format);
-      digest = registry.pushManifest("ns/wheels", "1.0", index.manifest, index.mediaType);
-    }
-    for (const suffix of [":1.0", `@${digest}`, `:absent@${digest}`]) {
-      await t.step(`${name}, ${suffix.slice(0, 12)}`, async () => {
-        const { tarball, manifest, layer, platform, image: named } = await pull(`${registry.host}/ns/wheels${suffix}`);
-        assert.deepEqual(tarball, LAYER);
-        assert.deepEqual(manifest, { digest: image.digest, mediaType: image.mediaType });
-        assert.deepEqual([layer?.digest, layer?.size, layer?.index, layer?.count], [sha256(LAYER), LAYER.length, 2, 2]);
-        assert.equal(platform, format === undefined ? null : "linux/amd64");
-        assert.equal(named?.digest, suffix.includes("@") ? digest : null);
-        assert.deepEqual(paths(registry, "/blobs/").at(-1), `registry /v2/ns/wheels/blobs/${sha256(LAYER)}`);
+Deno.test("a redirect from http to https on the same host makes https the registry's origin", async (t) => {
+  for (const value of [bearer("https://registry.example/token"), bearer("/token"), 'Basic realm="r"']) {
+    for (const isUpgraded of [() => true, ({ url }: Request) => url.endsWith(LAYER_PATH)]) {
+      await t.step(`${value} ${isUpgraded}`, async () => {
+        const gated = gate(value.startsWith("Basic") ? BASIC : "Bearer t", value);
+        const network = fakeNetwork({
+          "http://registry.example": (request) =>
+            isUpgraded(request) ? redirect(request.url.replace("http:", "https:"), 301) : answerImage(request),
+          "https://registry.example": (request) =>
+            request.url.includes("/token") ? issueToken(request) : gated(request),
+        });
+        await pullsLayer(PUBLIC, { protocol: "http", fetch: network.fetch, ...CREDENTIALS });
+        const plain = network.requestsTo("http://registry.example");
+        assert.equal(plain.filter(isUpgraded).length, 1);
+        assert(plain.every(({ headers }) => !headers.has("authorization")));
       });
     }
   }
+  await t.step("between real servers", async () => {
+    await using secure = serveImage({ tls: await makeSignedCertificate(), auth: "bearer", users });
+    await using plain = startRegistry({ onRequest: (_request, { path }) => redirect(`${secure.url}${path}`, 308) });
+    await pullsLayer(plain, { insecure: true, ...CREDENTIALS });
+    assert.equal(plain.requests.length, 1);
+  });
 });
 
-Deno.test("a manifest may be named by its sha512", async () => {
-  await using registry = serveImage();
-  const digest = sha512(IMAGE.manifest);
-  registry.pushManifest("ns/wheels", digest, IMAGE.manifest, IMAGE.mediaType);
-  const { tarball, manifest } = await pull(`${registry.host}/ns/wheels@${digest}`);
-  assert.deepEqual(tarball, LAYER);
-  assert.equal(manifest?.digest, digest);
-});
-
-Deno.test("each kind of manifest is accepted in one request", async () => {
-  await using registry = serveImage();
-  await pull(registry);
-  const accept = registry.requests[0]?.headers.get("accept")?.split(",").map((type) => type.trim().split(";")[0]);
-  const { ociIndex, ociManifest, dockerList, dockerManifest, dockerSchema1, dockerSchema1Signed } = MEDIA;
-  const kinds = [ociIndex, ociManifest, dockerList, dockerManifest, dockerSchema1, dockerSchema1Signed];
-  assert.deepEqual(accept?.sort(), [...kinds].sort());
-});
-
-Deno.test("a missing or odd media type does no harm", async () => {
-  const index = makeIndex([ARM.descriptor, IMAGE.descriptor]);
-  for (const [name, { manifest, mediaType }] of Object.entries({ IMAGE, DOCKER, SCHEMA1, SIGNED, index })) {
-    const text = new TextDecoder().decode(manifest).replace(`"mediaType":"${mediaType}",`, "");
-    for (const type of ["", "text/plain", "application/json; charset=utf-8", mediaType]) {
-      await using registry = serveImage();
-      registry.pushManifest("ns/wheels", "1.0", toBytes(text), type);
-      assert.deepEqual((await pull(registry)).tarball, LAYER, `${name} as "${type}"`);
+Deno.test("a redirect to another registry that challenges gets an anonymous token from there", async (t) => {
+  for (const part of [LAYER_PATH, "/manifests/"]) {
+    for (const auth of ["none", "basic", "bearer"] as const) {
+      await t.step(`${part} ${auth}`, async () => {
+        await using other = serveImage({ auth: "bearer" });
+        const onRequest = answerTo(
+          part,
+          ({ headers, url }) =>
+            auth === "none" || headers.has("authorization")
+              ? redirect(`${other.url}${new URL(url).pathname}`)
+              : undefined,
+        );
+        await using registry = serveImage({ auth, ...auth !== "none" && { users }, onRequest });
+        await pullsLayer(registry, { delay: noRetry, ...auth !== "none" && CREDENTIALS });
+        assert.equal(paths(other, "token /token").length, 1);
+        const atOther = authorizations(other.requests).filter((value) => value !== null);
+        assert(atOther.length > 0 && atOther.every((value) => value.startsWith("Bearer ")));
+        assert(authorizations(registry.requests).every((value) => value === null || !atOther.includes(value)));
+      });
     }
   }
-});
-
-Deno.test("a manifest is what its body says, else what the header says", async () => {
-  const { layers } = JSON.parse(new TextDecoder().decode(IMAGE.manifest));
-  const wrong = JSON.parse(new TextDecoder().decode(ARM.manifest)).layers;
-  const table: [body: Record<string, unknown>, header: string][] = [
-    [{ mediaType: MEDIA.ociIndex, manifests: [IMAGE.descriptor], layers: wrong }, MEDIA.ociManifest],
-    [{ mediaType: MEDIA.ociManifest, manifests: [ARM.descriptor], layers }, MEDIA.ociIndex],
-    [{ manifests: [IMAGE.descriptor], layers: wrong }, MEDIA.dockerList],
-    [{ manifests: [ARM.descriptor], layers }, `${MEDIA.dockerManifest.toUpperCase()}; charset=utf-8`],
-    [{ mediaType: "application/x-odd", manifests: [ARM.descriptor], layers }, MEDIA.dockerManifest],
-  ];
-  for (const [body, header] of table) {
-    await using registry = serveImage();
-    registry.pushManifest("ns/wheels", "1.0", toBytes(JSON.stringify({ schemaVersion: 2, ...body })), header);
-    assert.deepEqual((await pull(registry)).tarball, LAYER, JSON.stringify([body, header]));
-  }
-});
-
-Deno.test("indexes nest five deep and no deeper", async () => {
-  await using registry = serveImage();
-  let { descriptor } = IMAGE;
-  for (let depth = 1; depth <= 6; depth++) {
-    const index = makeIndex(depth % 2 === 0 ? [ARM.descriptor, descriptor] : [descriptor]);
-    registry.pushManifest("ns/wheels", `depth${depth}`, index.manifest, index.mediaType);
-    ({ descriptor } = index);
-    if (depth % 2 !== 0) descriptor = { ...descriptor, platform: { os: "linux", architecture: "amd64" } };
-  }
-  assert.deepEqual((await pull(`${registry.host}/ns/wheels:depth5`)).tarball, LAYER);
-  await failure(() => pull(`${registry.host}/ns/wheels:depth6`), "integrity", /deep/);
-});
-
-Deno.test("indexes without a platform are looked into, one after the other", async () => {
-  await using registry = serveImage();
-  const indexes = [makeIndex([ARM.descriptor]), makeIndex([IMAGE.descriptor])];
-  for (const { manifest, mediaType, digest } of indexes) {
-    registry.pushManifest("ns/wheels", digest, manifest, mediaType);
-  }
-  const outer = makeIndex(indexes.map(({ descriptor }) => descriptor));
-  registry.pushManifest("ns/wheels", "1.0", outer.manifest, outer.mediaType);
-  assert.deepEqual((await pull(registry)).tarball, LAYER);
-  const attempt = () => pull(registry, { platform: "linux/s390x" });
-  await failure(attempt, "not-found", /linux\/arm64.*linux\/amd64/);
-});
-
-Deno.test("no matching platform is an error that lists those that exist", async () => {
-  await using registry = serveImage();
-  const annotations = { "vnd.docker.reference.type": "attestation-manifest" };
-  const index = makeIndex([
-    ARM.descriptor,
-    { ...IMAGE.descriptor, platform: { os: "linux", architecture: "arm", variant: "v7" } },
-    { ...IMAGE.descriptor, platform: { os: "unknown", architecture: "unknown" }, annotations },
-  ]);
-  registry.pushManifest("ns/wheels", "1.0", index.manifest, index.mediaType);
-  const { message } = await failure(() => pull(registry), "not-found", /linux\/amd64.*linux\/arm64.*linux\/arm\/v7/);
-  assert.doesNotMatch(message, /unknown/);
-  assert.equal(registry.requests.length, 1);
-
-  const empty = makeIndex([]);
-  registry.pushManifest("ns/wheels", "empty", empty.manifest, empty.mediaType);
-  await failure(() => pull(`${registry.host}/ns/wheels:empty`), "not-found");
-});
-
-Deno.test("a body that does not hash to the digest that named it is refused", async (t) => {
-  const named = `sha256:${HEX}`;
-  await using registry = serveImage();
-  registry.pushManifest("ns/wheels", named, IMAGE.manifest, IMAGE.mediaType);
-  await t.step("named by the user", async () => {
-    await failure(() => pull(`${registry.host}/ns/wheels:1.0@${named}`), "integrity", new RegExp(IMAGE.digest));
+  await t.step("and no password, if that is not enough", async () => {
+    await using other = serveImage({ auth: "bearer", users });
+    const onRequest = answerTo(
+      "/",
+      ({ headers, url }) => headers.has("authorization") ? redirect(`${other.url}${new URL(url).pathname}`) : undefined,
+    );
+    await using registry = serveImage({ auth: "basic", users, onRequest });
+    await assertFails(() => pull(registry, { ...CREDENTIALS, delay: noRetry }), "auth");
+    assert(authorizations(other.requests).every((value) => value === null));
   });
-  await t.step("named by an index", async () => {
-    const index = makeIndex([{ ...IMAGE.descriptor, digest: named }]);
-    registry.pushManifest("ns/wheels", "1.0", index.manifest, index.mediaType);
-    await failure(() => pull(registry), "integrity", new RegExp(IMAGE.digest));
+  await t.step("whose realm must not be private", async () => {
+    const network = fakeNetwork({
+      "https://registry.example": ({ url }) => redirect(url.replace("registry.example", "other.example")),
+      "https://other.example": gate("Bearer t", bearer("https://127.0.0.1/token")),
+      "https://127.0.0.1": issueToken,
+    });
+    await assertFails(() => pull(PUBLIC, { protocol: "https", fetch: network.fetch }), "auth|network", /127\.0\.0\.1/);
+    assert.deepEqual(network.requestsTo("https://127.0.0.1"), []);
   });
-  await t.step("and what follows a signed payload is no part of it", async () => {
-    const extra = `,\n   "fsLayers": [{"blobSum": "${sha256(BASE)}"}],\n   "signatures": [`;
-    const text = new TextDecoder().decode(SIGNED.manifest).replace(/,\s*"signatures": \[/, extra);
-    assert.notEqual(text, new TextDecoder().decode(SIGNED.manifest));
-    registry.pushManifest("ns/wheels", SIGNED.digest, toBytes(text), SIGNED.mediaType);
-    registry.pushBlob(BASE);
-    await pull(`${registry.host}/ns/wheels@${SIGNED.digest}`).catch(({ kind }) => assert.equal(kind, "integrity"));
-  });
-  assert(!paths(registry, "/blobs/").some((path) => path.endsWith(sha256(BASE))));
 });
 
-Deno.test("what is no manifest is refused", async (t) => {
-  const digest = `sha256:${HEX}`;
-  const notUtf8 = concat('{"layers":[],"x":"', new Uint8Array([0xff]), '"}');
-  const texts = ["", "<html>", "[]", "null", '"x"', "{}", '{"schemaVersion":2,"layers":['];
-  const types = [{ mediaType: MEDIA.ociManifest }, { mediaType: MEDIA.ociIndex }, { mediaType: MEDIA.dockerSchema1 }];
-  const digests = ["", 5, null, "sha256:0", digest.toUpperCase(), `${digest}\n`, "../../../other/blobs/x"];
-  const objects = [
-    ...types,
-    ...types.map((type) => ({ ...type, layers: {}, manifests: {}, fsLayers: {} })),
-    ...types.map((type) => ({ ...type, layers: [null], manifests: [null], fsLayers: [null] })),
-    ...digests.flatMap((digest) => [
-      { layers: [{ digest }] },
-      { manifests: [{ digest }] },
-      { fsLayers: [{ blobSum: digest }] },
-    ]),
-    ...[-1, 1.5, "5", null].map((size) => ({ layers: [{ digest, size }] })),
-    { manifests: [{ digest, platform: { os: "linux", architecture: "amd64", variant: 8 } }] },
-  ];
-  for (const body of [...texts, notUtf8, ...objects.map((object) => JSON.stringify(object))]) {
-    await t.step(String(body), async () => {
+Deno.test("/v2/ is requested once if the first answer is 403 or 404 without a challenge", async (t) => {
+  for (const status of [403, 404]) {
+    const onRequest: RegistryOptions["onRequest"] = ({ headers }, { origin, path }) => {
+      const isHidden = origin === "registry" && path !== "/v2/" && !headers.has("authorization");
+      return isHidden ? new Response(null, { status }) : undefined;
+    };
+    const accounts: [name: string, options: RegistryOptions, credentials: FetchWheelsOptions][] = [
+      ["basic", { auth: "basic", users }, CREDENTIALS],
+      ["bearer", { auth: "bearer", users }, CREDENTIALS],
+      ["anonymous", { auth: "bearer" }, {}],
+    ];
+    for (const [name, options, credentials] of accounts) {
+      await t.step(`${status} ${name}`, async () => {
+        await using registry = serveImage({ ...options, onRequest });
+        await pullsLayer(registry, credentials);
+        assert.equal(registry.requests.filter(({ path }) => path === "/v2/").length, 1);
+        assert.equal(paths(registry, "/manifests/").length, 2);
+        await assertFails(() => pull(`${registry.host}/ns/other`, credentials), "not-found|auth");
+      });
+    }
+    await t.step(`${status} from an open registry`, async () => {
       await using registry = startRegistry();
-      registry.pushManifest("ns/wheels", "1.0", toBytes(body), "application/json");
-      await failure(() => pull(registry), "integrity");
-      assert.equal(registry.requests.length, 1);
+      registry.faults = ({ path }) => path === "/v2/" ? [] : [{ kind: "status", code: status }];
+      await assertFails(() => pull(registry, CREDENTIALS), status === 403 ? "auth" : "not-found");
+      assert.deepEqual(paths(registry, "/v2/"), ["registry /v2/ns/wheels/manifests/1.0", "registry /v2/"]);
+      assert.deepEqual(authorizations(registry.requests), [null, null]);
     });
   }
 });
 
-Deno.test("a manifest has at most 4 MiB", async () => {
-  await using registry = serveImage();
-  const padded = (size: number) => concat(IMAGE.manifest, " ".repeat(size - IMAGE.manifest.length));
-  registry.pushManifest("ns/wheels", "largest", padded(4 << 20), IMAGE.mediaType);
-  registry.pushManifest("ns/wheels", "larger", padded((4 << 20) + 1), IMAGE.mediaType);
-  assert.deepEqual((await pull(`${registry.host}/ns/wheels:largest`)).tarball, LAYER);
-  await failure(() => pull(`${registry.host}/ns/wheels:larger`), "integrity", /4194304|4 MiB/);
-});
-
-Deno.test("what the registry does not have is not found", async (t) => {
-  await using registry = serveImage();
-  for (const name of ["ns/wheels:2.0", "ns/other:1.0", `ns/wheels@sha256:${HEX}`]) {
-    await t.step(name, async () => {
-      const error = await failure(() => pull(`${registry.host}/${name}`), "not-found", /UNKNOWN/);
-      assert(error.message.includes(name), error.message);
-    });
-  }
-  await t.step("a layer", async () => {
-    registry.pushManifest("ns/wheels", "1.0", ARM.manifest, ARM.mediaType);
-    await failure(() => pull(registry), "not-found", /BLOB_UNKNOWN/);
-  });
-});
-
-// ---------------------------------------------------------------------------------------------------------------------
-// 6 Layer
-// ---------------------------------------------------------------------------------------------------------------------
-
-Deno.test("a layer is decompressed by what its bytes say, whatever its media type claims", async (t) => {
-  const tar = await makeTar(GOOD);
-  const layers = {
-    "gzip": gzip(tar),
-    "gzip of several members": gzipMembers(tar.subarray(0, 700), tar.subarray(700, 701), tar.subarray(701)),
-    "gzip and zeros behind it": concat(gzip(tar), new Uint8Array(2000)),
-    "zstd": zstd(tar),
-    "zstd of several frames": concat(zstd(tar.subarray(0, 700)), zstd(tar.subarray(700))),
-    "zstd and a frame to be skipped, as in zstd:chunked": concat(zstd(tar), "\x50\x2a\x4d\x18\x04\0\0\0skip"),
-    "plain": tar,
-  };
-  await using registry = startRegistry();
-  for (const [name, layer] of Object.entries(layers)) {
-    for (const mediaType of [MEDIA.ociLayer, MEDIA.ociLayerGzip, MEDIA.ociLayerZstd, MEDIA.dockerLayer]) {
-      await t.step(`${name} as ${mediaType}`, async () => {
+Deno.test("a challenge's scope for another repository is requested beside the image's own", async (t) => {
+  const [own, other] = ["repository:ns/wheels:pull", "repository:upstream/wheels:pull"];
+  const table: [scope: string | undefined, expected: string[]][] = [
+    [other, [own, other]],
+    [own, [own]],
+    ["", [own]],
+    [undefined, [own]],
+  ];
+  for (const [scope, expected] of table) {
+    for (const identityTokens of [undefined, ["identity"]]) {
+      await t.step(`${scope} by ${identityTokens ? "POST" : "GET"}`, async () => {
+        const challenge = ({ realm }: { realm: string }) =>
+          `Bearer realm="${realm}"${scope === undefined ? "" : `,scope="${scope}"`}`;
+        await using registry = serveImage({ auth: "bearer", identityTokens, challenge });
         using scratch = new Scratch();
-        const dest = scratch.at("dest");
-        const result = await fetchWheels(serveLayer(registry, layer, { mediaType }), { dest });
-        assert.deepEqual(contents(dest), GOOD_CONTENTS);
-        const expected = { digest: sha256(layer), size: layer.length, mediaType, index: 1, count: 1 };
-        assert.deepEqual(result.layer, expected);
-        assert.equal(result.bytes, layer.length);
-        assert.deepEqual(result.files.toSorted((a, b) => a.path < b.path ? -1 : 1), [
-          { path: "a.whl", size: 5 },
-          { path: "sub/b.txt", size: 4 },
-        ]);
+        const auths = { [registry.host]: { identitytoken: "identity" } };
+        const file = scratch.at("auth.json", JSON.stringify({ auths }));
+        await pullsLayer(registry, identityTokens && { authFiles: [file] });
+        const requests = registry.requests.filter(({ origin }) => origin === "token");
+        const scopes = requests.flatMap(({ search, body }) => new URLSearchParams(body ?? search).getAll("scope"));
+        assert.deepEqual(scopes.flatMap((text) => text.split(" ")).toSorted(), expected);
       });
     }
   }
 });
 
-Deno.test("a layer may be named by its sha512", async () => {
-  await using registry = startRegistry();
-  using scratch = new Scratch();
-  const layer = gzip(await makeTar(GOOD));
-  const reference = serveLayer(registry, layer, { digest: sha512(layer) });
-  const { layer: info } = await fetchWheels(reference, { dest: scratch.at("dest") });
-  assert.equal(info?.digest, sha512(layer));
-  assert.deepEqual(contents(scratch.at("dest")), GOOD_CONTENTS);
-});
+// ---------------------------------------------------------------------------------------------------------------------
+// 5 Stores
+// ---------------------------------------------------------------------------------------------------------------------
 
-Deno.test("a layer that is not what its descriptor says is refused, and DEST stays as it was", async (t) => {
-  const tar = await makeTar(GOOD);
-  const layer = gzip(tar);
-  const other = toBytes("other");
-  const flipped = layer.slice();
-  flipped[30] = (flipped[30] ?? 0) ^ 0xff;
-  const cases: Record<string, [Uint8Array<ArrayBuffer>, Parameters<typeof serveLayer>[2]?]> = {
-    "wrong sha256": [layer, { digest: sha256(other) }],
-    "wrong sha512": [layer, { digest: sha512(other) }],
-    "wrong digest of a plain archive": [tar, { digest: sha256(other) }],
-    "wrong digest of a zstd archive": [zstd(tar), { digest: sha256(other) }],
-    "a byte less than said": [layer, { size: layer.length + 1 }],
-    "a byte more than said": [layer, { size: layer.length - 1 }],
-    "bytes behind the end that the digest does not cover": [concat(layer, new Uint8Array(9)), {
-      digest: sha256(layer),
-    }],
-    "gzip cut in its header": [layer.slice(0, 5)],
-    "gzip cut in its data": [layer.slice(0, layer.length >> 1)],
-    "gzip cut in its trailer": [layer.slice(0, -3)],
-    "gzip without its second member": [gzip(tar.subarray(0, 700))],
-    "gzip cut in its second member": [concat(gzip(tar.subarray(0, 700)), gzip(tar.subarray(700)).subarray(0, -20))],
-    "gzip with a flipped bit": [flipped],
-    "gzip with a wrong checksum": [concat(layer.subarray(0, -8), new Uint8Array(4), layer.subarray(-4))],
-    "gzip of nothing": [gzip(new Uint8Array())],
-    "zstd cut": [zstd(tar).slice(0, -3)],
-    "plain archive cut": [tar.slice(0, 600)],
-    "empty": [new Uint8Array()],
+/**
+ * Simulates a link with a clock: each connection delivers at most `perConnection` bytes a second, all of them together at
+ * most `total`. Nothing waits; `fetch` advances the clock as bytes arrive, but not while an answer is outstanding.
+ */
+function simulateLink({ perConnection, total = Infinity }: { perConnection: number; total?: number }) {
+  let clock = 1e12;
+  let most = 0;
+  const open = new Set<unknown>();
+  const outstanding = new Set<Promise<unknown>>();
+  const simulated: typeof fetch = async (input, init) => {
+    const answer = fetch(input, init);
+    outstanding.add(answer);
+    const response = await answer.finally(() => outstanding.delete(answer));
+    if (response.body === null || !response.ok) return response;
+    const reader = response.body.getReader();
+    open.add(reader);
+    most = Math.max(most, open.size);
+    const close = () => open.delete(reader);
+    init?.signal?.addEventListener("abort", () => {
+      close();
+      reader.cancel().catch(() => {}); // aborting `response` has no effect once it has been garbage-collected
+    });
+    const pull = async (controller: ReadableStreamDefaultController) => {
+      await Promise.allSettled(outstanding);
+      const { done, value } = await reader.read();
+      if (!done) {
+        clock += value.length / Math.min(total, perConnection * open.size) * 1000;
+        return controller.enqueue(value);
+      }
+      close();
+      controller.close();
+    };
+    const body = new ReadableStream({ pull, cancel: (reason) => reader.cancel(reason) }, { highWaterMark: 0 });
+    return new Response(body, { status: response.status, headers: response.headers });
   };
-  await using registry = startRegistry();
-  for (const [name, [bytes, said]] of Object.entries(cases)) {
-    await t.step(name, () => assertRefused(serveLayer(registry, bytes, said), "integrity"));
+  return { fetch: simulated, now: () => clock, wait: (ms: number) => void (clock += ms), most: () => most };
+}
+
+/** Asserts that a request for all bytes was followed by closed ranges without gaps, up to the end. */
+function assertContiguous(ranges: (string | undefined)[], size: number): void {
+  assert.equal(ranges[0], undefined);
+  const sorted = ranges.slice(1).map(limits).toSorted(([a], [b]) => a - b);
+  assert(sorted.length > 0, "no ranges");
+  for (const [at, [first, last]] of sorted.entries()) {
+    assert(last - first < RANGE || last === size - 1, JSON.stringify(sorted));
+    assert.equal(last + 1, sorted[at + 1]?.[0] ?? size, JSON.stringify(sorted));
   }
+}
+
+/** As in the program. */
+const RANGE = 4 << 20;
+
+Deno.test("a download uses as many connections as the link makes worthwhile", async (t) => {
+  const { bytes } = largeLayer();
+  type Case = { link: Parameters<typeof simulateLink>[0]; connections?: number; most: number; consumerMs?: number };
+  const cases: Record<string, Case> = {
+    "four on a link that limits each connection": { link: { perConnection: 20e6 }, most: 4 },
+    "no more than --connections": { link: { perConnection: 20e6 }, connections: 2, most: 2 },
+    "one with --connections 1": { link: { perConnection: 20e6 }, connections: 1, most: 1 },
+    "one on a fast link": { link: { perConnection: 400e6 }, most: 1 },
+    "one if the consumer is slower than the link": { link: { perConnection: 40e6 }, most: 1, consumerMs: 20 },
+  };
+  await steps(t, cases, async ({ link, connections, most, consumerMs = 0 }) => {
+    await using registry = startRegistry();
+    serveLarge(registry);
+    const { now, fetch, wait, most: mostOpen } = simulateLink(link);
+    const chunks: Uint8Array[] = [];
+    const write = (chunk: Uint8Array) => {
+      chunks.push(chunk);
+      wait(consumerMs);
+    };
+    await pull(registry, { connections, now, fetch, output: new WritableStream({ write }), delay: noRetry });
+    assertSame(concat(...chunks), bytes);
+    assert.equal(mostOpen(), most);
+    if (most === 1) assert.deepEqual(askedRanges(registry), [undefined]);
+    else assertContiguous(askedRanges(registry), bytes.length);
+  });
+  await t.step("sixteen, in steps", async () => {
+    await using registry = startRegistry();
+    serveLarge(registry);
+    const { now, fetch, most } = simulateLink({ perConnection: 1e6 });
+    assertSame((await pull(registry, { connections: 16, now, fetch, delay: noRetry })).tarball, bytes);
+    assert(most() > 4, `${most()}`);
+    assertContiguous(askedRanges(registry), bytes.length);
+  });
+  await t.step("one again if more do not raise the rate", async () => {
+    await using registry = startRegistry();
+    serveLarge(registry);
+    const { now, fetch } = simulateLink({ perConnection: 10e6, total: 10e6 });
+    assertSame((await pull(registry, { now, fetch, delay: noRetry })).tarball, bytes);
+    const asked = askedRanges(registry);
+    assertContiguous(asked, bytes.length);
+    const [first, last] = limits(asked.at(-1));
+    assert(last - first > RANGE, asked.join());
+  });
+  await t.step("several from a server that throttles each connection", async () => {
+    await using registry = startRegistry();
+    serveLarge(registry);
+    registry.faults = [{ kind: "trickle", bytesPerSecond: 16e6 }];
+    assertSame((await pull(registry, { delay: noRetry })).tarball, bytes);
+    assertContiguous(askedRanges(registry), bytes.length);
+  });
 });
 
-Deno.test("a connection that dies or falls silent is replaced by one that asks for the rest", async (t) => {
+Deno.test("a download falls back to one connection if the server has no ranges", async (t) => {
+  const { bytes } = largeLayer();
+  await t.step("and does not say so: nothing is requested twice", async () => {
+    const onRequest = blobAnswers(() => new Response(bytes));
+    await using registry = startRegistry({ onRequest });
+    serveLarge(registry);
+    const { now, fetch } = simulateLink({ perConnection: 20e6 });
+    assertSame((await pull(registry, { now, fetch, delay: noRetry })).tarball, bytes);
+    assert.deepEqual(askedRanges(registry), [undefined]);
+  });
+  const faults: Record<string, Fault> = {
+    "although it says so, and answers 200": { kind: "ignoreRange" },
+    "although it says so, and answers 416": { kind: "status", code: 416 },
+    "although it says so, and answers another range": { kind: "wrongRange", shift: 99 },
+  };
+  await steps(t, faults, async (fault) => {
+    await using registry = startRegistry();
+    serveLarge(registry);
+    registry.faults = ({ range }) => range === undefined ? [] : [fault];
+    const { now, fetch, most } = simulateLink({ perConnection: 20e6 });
+    assertSame((await pull(registry, { now, fetch, delay: noRetry })).tarball, bytes);
+    const asked = askedRanges(registry);
+    const ranges = asked.filter((range) => range !== undefined);
+    assert(ranges.length <= 2 && asked.length - ranges.length <= 3 && most() <= 2, asked.join());
+  });
+});
+
+Deno.test("a range that fails is resumed, and the others go on", async (t) => {
+  const { bytes } = largeLayer();
+  const cases: Record<string, [third: Fault[], fifth: Fault[]]> = {
+    "by dying and by silence": [[{ kind: "dieAt", byte: 1 << 20 }], [{ kind: "stall", byte: 1 << 20 }]],
+    "by a short body and a refusal": [[{ kind: "short", byte: 1 << 20 }], [{ kind: "status", code: 503 }]],
+    "the single stream, after it was cut": [[], []],
+  };
+  await steps(t, cases, async ([third, fifth], name) => {
+    await using registry = startRegistry();
+    serveLarge(registry);
+    const first: Fault[] = name.startsWith("the single") ? [{ kind: "dieAt", byte: 6 << 20 }] : [];
+    registry.faults = ({ path, count }) =>
+      path.includes("/blobs/") ? new Map([[1, first], [3, third], [5, fifth]]).get(count) ?? [] : [];
+    const { now, fetch } = simulateLink({ perConnection: 20e6 });
+    assertSame((await pull(registry, { timeout: 0.5, now, fetch })).tarball, bytes);
+    const ranges = askedRanges(registry).slice(1).map(limits);
+    const ends = ranges.map(([, last]) => last);
+    const repeated = ends.filter((last, at) => ends.indexOf(last) !== at);
+    assert(repeated.length === (first.length > 0 ? 0 : 2), JSON.stringify(ranges));
+    for (const last of repeated) {
+      const [one, two] = ranges.filter((range) => range[1] === last).map(([start]) => start).toSorted((a, b) => a - b);
+      assert(two !== undefined && one !== undefined && two - one <= 1 << 20);
+    }
+  });
+});
+
+Deno.test("a cancelled download ends at once, whatever it is waiting for", async (t) => {
+  const { bytes } = largeLayer();
+  const never = new Promise<undefined>(() => {});
+  const stall: Fault = { kind: "stall", byte: 8 << 20 };
+  const cases: Record<string, { options?: RegistryOptions; faults?: Fault[]; consumer?: Promise<void> }> = {
+    "the bodies of all connections": { faults: [stall] },
+    "the answer to a range": { options: { onRequest: ({ headers }) => headers.has("range") ? never : undefined } },
+    "the consumer": { consumer: never },
+  };
+  await steps(t, cases, async ({ options, faults = [], consumer }) => {
+    await using registry = startRegistry(options);
+    serveLarge(registry);
+    registry.faults = faults;
+    const { now, fetch } = simulateLink({ perConnection: 20e6 });
+    const controller = new AbortController();
+    let received = 0;
+    const write = (chunk: Uint8Array) => {
+      received += chunk.length;
+      return received > 5 << 20 ? consumer : undefined;
+    };
+    const output = new WritableStream<Uint8Array>({ write });
+    const pulling = pull(registry, { now, fetch, output, signal: controller.signal, timeout: 60 });
+    pulling.catch(() => {}); // until it is awaited below
+    await waitFor(() => received > 0 && askedRanges(registry).length > 1);
+    controller.abort(new Error("enough"));
+    await assert.rejects(pulling, /enough/);
+    assert(received < bytes.length);
+  });
+});
+
+Deno.test("a connection that dies or is silent is replaced by another, which requests the rest", async (t) => {
   const last = NOISE.length - 1;
   for (const storage of [false, true]) {
     for (const fault of [{ kind: "dieAt", byte: 60_000 }, { kind: "stall", byte: 60_000 }] satisfies Fault[]) {
@@ -1616,16 +2353,16 @@ Deno.test("a connection that dies or falls silent is replaced by one that asks f
   }
 });
 
-/** A hook that answers requests for blobs with these in turn, the last one again and again; the registry does the rest. */
+/** A hook that answers requests for blobs with these in turn, and repeats the last. */
 function blobAnswers(...answers: ((request: Request) => Response | undefined)[]): RegistryOptions["onRequest"] {
   return (request, { path, count }) =>
     path.includes("/blobs/") ? (answers[count - 1] ?? answers.at(-1))?.(request) : undefined;
 }
 
-/** An answer with a part of the noise, whatever its headers claim. */
+/** An answer with a part of NOISE, whatever its headers say. */
 function part(from: number, to: number, headers: Record<string, string> = {}): Response {
   const content = NOISE.subarray(from, to);
-  const body = new ReadableStream({ start: (controller) => (controller.enqueue(content), controller.close()) });
+  const body = ReadableStream.from([content]);
   const status = headers["content-range"] === undefined ? 200 : 206;
   return new Response(body, { status, headers: { "content-length": String(content.length), ...headers } });
 }
@@ -1646,7 +2383,7 @@ Deno.test("If-Range is sent with a strong validator, and with no other", async (
   }
 });
 
-Deno.test("a range's answer counts only where Content-Range says that it is that range", async (t) => {
+Deno.test("the answer to a range is used only if Content-Range names that range", async (t) => {
   const size = NOISE.length;
   const cases: Record<string, (first: number) => Response> = {
     "begins later": (first) => part(first + 1, size, { "content-range": `bytes ${first + 1}-${size - 1}/${size}` }),
@@ -1681,15 +2418,15 @@ Deno.test("a range's answer counts only where Content-Range says that it is that
   }
 });
 
-Deno.test("a server without ranges is asked for everything, and what was read is skipped", async (t) => {
+Deno.test("from a server without ranges, everything is requested again, and the known bytes are skipped", async (t) => {
   const dies: Fault = { kind: "dieAt", byte: 100_000 };
   const cases: Record<string, { faults: Fault[][]; ranges: (boolean | undefined)[] }> = {
     "200": { faults: [[dies], [{ kind: "ignoreRange" }]], ranges: [false, true] },
-    "200 that dies before news": {
+    "200 that dies within the known bytes": {
       faults: [[dies], [{ kind: "ignoreRange" }, { kind: "dieAt", byte: 30_000 }], [{ kind: "ignoreRange" }]],
       ranges: [false, undefined, undefined],
     },
-    "200 that dies after news": {
+    "200 that dies behind the known bytes": {
       faults: [[dies], [{ kind: "ignoreRange" }, { kind: "dieAt", byte: 150_000 }], [{ kind: "ignoreRange" }]],
       ranges: [false, true, undefined],
     },
@@ -1728,13 +2465,13 @@ Deno.test("a server without ranges is asked for everything, and what was read is
   }
 });
 
-Deno.test("tries are counted since the last byte, and on the whole", async (t) => {
+Deno.test("retries are counted since the last new byte, and in all", async (t) => {
   const cases: Record<string, { faults: Fault[]; retries: number; requests: number | null }> = {
     "no byte at all": { faults: [{ kind: "dieAt", byte: 0 }], retries: 3, requests: 4 },
-    "no byte that is new": { faults: [{ kind: "ignoreRange" }, { kind: "dieAt", byte: 9 }], retries: 3, requests: 4 },
+    "no new byte": { faults: [{ kind: "ignoreRange" }, { kind: "dieAt", byte: 9 }], retries: 3, requests: 4 },
     "some bytes each time": { faults: [{ kind: "dieAt", byte: 20_000 }], retries: 1, requests: null },
     "too few each time": { faults: [{ kind: "dieAt", byte: 2000 }], retries: 1, requests: 21 },
-    "too few each time, more patience": { faults: [{ kind: "dieAt", byte: 2000 }], retries: 2, requests: 41 },
+    "too few each time, more retries": { faults: [{ kind: "dieAt", byte: 2000 }], retries: 2, requests: 41 },
   };
   for (const [name, { faults, retries, requests }] of Object.entries(cases)) {
     await t.step(name, async () => {
@@ -1742,23 +2479,24 @@ Deno.test("tries are counted since the last byte, and on the whole", async (t) =
       serveLayer(registry, NOISE);
       registry.faults = faults;
       if (requests === null) return assertSame((await pull(registry, { retries })).tarball, NOISE);
-      await failure(() => pull(registry, { retries }), "network");
+      await assertFails(() => pull(registry, { retries }), "network");
       assert.equal(askedRanges(registry).length, requests);
     });
   }
 });
 
-Deno.test("a body that ends well but early is made whole", async (t) => {
+Deno.test("a body that is complete by its length, but too short, is continued", async (t) => {
   for (const chunked of [false, true]) {
     const short = (byte: number): Fault => ({ kind: "short", byte, chunked });
     const cases: Record<string, Fault[][]> = {
       "at first": [[short(60_000)]],
       "in a range": [[{ kind: "dieAt", byte: 60_000 }], [short(999)], [short(999)]],
       "and empty": [[short(0)]],
-      "each time": Array(20).fill([short(30_000)]),
+      // With a Content-Length that is wrong, the answer is not used at all.
+      "each time": Array(chunked ? 20 : 4).fill([short(30_000)]),
     };
     for (const [name, faults] of Object.entries(cases)) {
-      await t.step(`${name}${chunked ? ", of no length" : ""}`, async () => {
+      await t.step(`${name}${chunked ? "; chunked" : ""}`, async () => {
         await using registry = startRegistry();
         serveLayer(registry, NOISE);
         registry.faults = blobFaults(...faults);
@@ -1768,15 +2506,15 @@ Deno.test("a body that ends well but early is made whole", async (t) => {
   }
 });
 
-Deno.test("a layer of schema 1, which has no size, is resumed", async (t) => {
+Deno.test("a layer of schema 1, whose size is unknown, is resumed", async (t) => {
   const layer = gzip(await makeTar([{ name: "a.whl", data: NOISE }]));
   const cut = async function* () {
     yield layer.slice(0, 60_000);
-    throw await Promise.reject(new Error("cut"));
+    await Promise.reject(new Error("cut"));
   };
   const cases: Record<string, { first?: () => Response; range: boolean }> = {
     "by the length of its first answer": { range: true },
-    "from the start, where that has none": {
+    "by an open range if that has none": {
       first: () => new Response(ReadableStream.from(cut())),
       range: false,
     },
@@ -1791,75 +2529,22 @@ Deno.test("a layer of schema 1, which has no size, is resumed", async (t) => {
       assertSame((await pull(registry)).tarball, layer);
       const asked = askedRanges(registry);
       assert.equal(asked.length, 2);
-      if (range) assert.equal(limits(asked[1])[1], layer.length - 1);
-      else assert.equal(asked[1], undefined);
+      assert.match(asked[1] ?? "", range ? new RegExp(`^bytes=\\d+-${layer.length - 1}$`) : /^bytes=\d+-$/);
     });
   }
 });
 
-/** A hook that serves a blob's ranges, and holds their bodies back until `wanted` of them are under way at once. */
-function crowd(bytes: Uint8Array<ArrayBuffer>, wanted: number) {
-  let [underway, most] = [0, 0];
-  const { promise, resolve } = Promise.withResolvers<void>();
-  const onRequest: RegistryOptions["onRequest"] = ({ headers }, { path }) => {
-    if (!path.includes("/blobs/") || !headers.has("range")) return undefined;
-    const [first, last] = limits(headers.get("range") ?? "");
-    most = Math.max(most, ++underway);
-    if (underway === wanted) resolve();
-    const pull = async (controller: ReadableStreamDefaultController) => {
-      await promise;
-      controller.enqueue(bytes.subarray(first, last + 1));
-      underway--;
-      controller.close();
-    };
-    const said = { "content-length": `${last + 1 - first}`, "content-range": `bytes ${first}-${last}/${bytes.length}` };
-    return new Response(new ReadableStream({ pull }, { highWaterMark: 0 }), { status: 206, headers: said });
-  };
-  return { onRequest, most: () => most };
-}
-
-/** As the program has it. */
-const RANGE = 4 << 20;
-
-Deno.test("a large layer comes in ranges over so many connections at once, in order", async (t) => {
-  const { bytes } = largeLayer();
-  const starts = Array.from({ length: Math.ceil(bytes.length / RANGE) }, (_, at) => at * RANGE);
-  const ranges = starts.map((start) => `bytes=${start}-${Math.min(start + RANGE, bytes.length) - 1}`);
-  for (const [connections, expected] of [[2, 2], [undefined, 4], [16, ranges.length]] as const) {
-    await t.step(`connections: ${connections}`, async () => {
-      const { onRequest, most } = crowd(bytes, expected);
-      await using registry = startRegistry({ onRequest });
-      serveLarge(registry);
-      assertSame((await pull(registry, { connections, timeout: 5, retries: 0 })).tarball, bytes);
-      assert.deepEqual(askedRanges(registry).toSorted((a, b) => limits(a)[0] - limits(b)[0]), ranges);
-      assert.equal(most(), expected);
-    });
-  }
-  await t.step("connections: 1 is a single stream", async () => {
-    await using registry = startRegistry();
-    serveLarge(registry);
-    assertSame((await pull(registry, { connections: 1 })).tarball, bytes);
-    assert.deepEqual(askedRanges(registry), [undefined]);
-  });
-  await t.step("a server without ranges is asked once", async () => {
-    await using registry = startRegistry();
-    serveLarge(registry);
-    registry.faults = [{ kind: "ignoreRange" }];
-    assertSame((await pull(registry)).tarball, bytes);
-    assert.deepEqual(askedRanges(registry), [ranges[0]]);
-  });
-});
-
-Deno.test("what a blob redirects to is asked for once, and again when its signature has run out", async () => {
-  const count = Math.ceil(largeLayer().bytes.length / RANGE);
-  for (const [uses, least, most] of [[Infinity, 1, 1], [2, count / 2, count]] as const) {
+Deno.test("the location of a redirected blob is used until its signature expires", async () => {
+  for (const uses of [Infinity, 2]) {
     await using registry = startRegistry({ storage: { signed: true, uses }, auth: "bearer" });
     serveLarge(registry);
-    assertSame((await pull(registry)).tarball, largeLayer().bytes);
-    const resolved = paths(registry, "/blobs/").length;
-    assert(resolved >= least && resolved <= most, `resolved ${resolved} times for ${uses} uses`);
+    const { now, fetch } = simulateLink({ perConnection: 20e6 });
+    assertSame((await pull(registry, { now, fetch, delay: noRetry })).tarball, largeLayer().bytes);
+    const redirects = paths(registry, "/blobs/").length;
     const stored = registry.requests.filter(({ origin }) => origin === "storage");
-    assert(stored.every(({ headers, status }) => !headers.has("authorization") && [206, 403].includes(status)));
+    const count = stored.filter(({ status }) => status !== 403).length;
+    assert(redirects >= count / uses && redirects <= (uses === Infinity ? 1 : count), `${redirects} of ${count}`);
+    assert(stored.every(({ headers, status }) => !headers.has("authorization") && [200, 206, 403].includes(status)));
   }
   await using registry = startRegistry({ storage: { signed: true } });
   serveLayer(registry, NOISE);
@@ -1868,59 +2553,161 @@ Deno.test("what a blob redirects to is asked for once, and again when its signat
   assert(paths(registry, "storage").length <= 4);
 });
 
-Deno.test("a range that fails is resumed by itself, and the others go on", async (t) => {
-  const { bytes } = largeLayer();
-  const cases: Record<string, [third: Fault[], fifth: Fault[]]> = {
-    "by dying and falling silent": [[{ kind: "dieAt", byte: 1 << 20 }], [{ kind: "stall", byte: 1 << 20 }]],
-    "by a short body and a refusal": [[{ kind: "short", byte: 1 << 20 }], [{ kind: "status", code: 503 }]],
-  };
-  for (const [name, [third, fifth]] of Object.entries(cases)) {
-    await t.step(name, async () => {
-      await using registry = startRegistry();
-      serveLarge(registry);
-      const faults = new Map([[2 * RANGE, third], [4 * RANGE, fifth]]);
-      registry.faults = ({ range }) => {
-        const start = range === undefined ? -1 : limits(range)[0];
-        const found = faults.get(start) ?? [];
-        faults.delete(start);
-        return found;
-      };
-      assertSame((await pull(registry, { timeout: 0.5 })).tarball, bytes);
-      const asked = askedRanges(registry).map(limits).toSorted(([a], [b]) => a - b);
-      assert.equal(asked.length, Math.ceil(bytes.length / RANGE) + 2, JSON.stringify(asked));
-      for (const [first, last] of asked) assert.equal(last, Math.min(bytes.length, first - first % RANGE + RANGE) - 1);
+Deno.test("mirrors are used first, with the registry's name and without its credentials", async (t) => {
+  for (const auth of ["none", "bearer"] as const) {
+    await t.step(`a mirror with auth ${auth}, behind one that is down and one that has nothing`, async () => {
+      await using registry = serveImage({ auth: "basic", users });
+      await using empty = startRegistry();
+      await using mirror = serveImage({ auth, storage: true });
+      const mirrors = [`http://${await closedHost()}`, `${empty.url}/`, mirror.url];
+      assertSame((await pull(registry, { mirrors, ...CREDENTIALS })).tarball, LAYER);
+      assert.deepEqual(registry.requests, []);
+      assert(empty.requests.length > 0);
+      for (const { origin, path, search, headers } of [...empty.requests, ...mirror.requests]) {
+        const authorization = headers.get("authorization") ?? "";
+        assert(auth === "none" ? authorization === "" : !authorization.startsWith("Basic"), authorization);
+        if (origin !== "registry" || path === "/v2/") continue;
+        assert.match(path, /^\/v2\/ns\/wheels\/(?:manifests\/1\.0|blobs\/sha256:)/);
+        assert.equal(new URLSearchParams(search).get("ns"), registry.host);
+      }
     });
   }
-  await t.step("by an answer with everything, which costs no more than the rest of the layer", async () => {
-    await using registry = startRegistry();
-    serveLarge(registry);
-    registry.faults = ({ range }) => range?.startsWith(`bytes=${RANGE}-`) ? [{ kind: "ignoreRange" }] : [];
-    assertSame((await pull(registry)).tarball, bytes);
-    const whole = askedRanges(registry).filter((range) => range === undefined).length;
-    assert(whole <= 4, `everything was asked for ${whole} times more`);
+  await t.step("for the Hub", async () => {
+    await using mirror = startRegistry();
+    mirror.pushImage("library/python", "3", IMAGE);
+    assertSame((await pull("python:3", { mirrors: [mirror.url] })).tarball, LAYER);
+    assert(mirror.requests.every(({ search }) => search === "?ns=docker.io"));
   });
 });
 
-Deno.test("a mirror that breaks off in the middle is gone on for", async (t) => {
-  await t.step("by the registry, from there", async () => {
-    await using registry = startRegistry();
-    await using mirror = startRegistry();
-    for (const each of [registry, mirror]) serveLayer(each, NOISE);
-    mirror.faults = blobFaults(...Array(50).fill([{ kind: "stall", byte: 60_000 }]).fill([{ kind: "reset" }], 1));
-    assertSame((await pull(registry, { mirrors: [mirror.url], timeout: 0.1 })).tarball, NOISE);
-    assert.deepEqual(askedRanges(registry), [`bytes=60000-${NOISE.length - 1}`]);
+Deno.test("a mirror gets no retries: after its first failure, the next mirror or the registry continues", async (t) => {
+  const middle = LAYER.length >> 1;
+  const faults: Record<string, Fault> = {
+    "reset": { kind: "reset" },
+    "500": { kind: "status", code: 500 },
+    "404": { kind: "status", code: 404 },
+    "403": { kind: "status", code: 403 },
+    "401 without a challenge": { kind: "status", code: 401 },
+    "a redirect to nowhere": { kind: "status", code: 307, headers: { location: "" } },
+    "503 and Retry-After": { kind: "status", code: 503, headers: { "retry-after": "3600" } },
+    "429": { kind: "status", code: 429 },
+    "silence from the start": { kind: "stall", byte: 0 },
+    "silence in the body": { kind: "stall", byte: middle },
+    "death in the body": { kind: "dieAt", byte: middle },
+    "a short body": { kind: "short", byte: middle },
+    "a short chunked body": { kind: "short", byte: middle, chunked: true },
+  };
+  await steps(t, faults, async (fault) => {
+    for (const part of ["/manifests/", LAYER_PATH]) {
+      await using bad = serveImage();
+      await using good = serveImage();
+      await using registry = startRegistry();
+      bad.faults = ({ path }) => path.includes(part) ? [fault] : [];
+      await pullsLayer(registry, { mirrors: [bad.url, good.url], timeout: 0.3, delay: noRetry });
+      const most = "code" in fault && (fault.code < 429 && part === LAYER_PATH || fault.code === 307) ? 11 : 1;
+      // Deno itself repeats a request if a connection that was kept open is closed.
+      assert(paths(bad, part).length <= (fault.kind === "reset" ? 2 : most), `${paths(bad, part)}`);
+      assert(good.requests.length > 0);
+      assert.equal(registry.requests.length, 0);
+    }
   });
-  await t.step("in parallel", async () => {
+  await t.step("silence before the answer, and a refused connection", async () => {
+    await using bad = serveImage({ onRequest: () => new Promise<undefined>(() => {}) });
+    await using registry = serveImage();
+    const mirrors = [bad.url, `http://${await closedHost()}`];
+    await pullsLayer(registry, { mirrors, timeout: 0.3, delay: noRetry });
+    assert.equal(paths(bad, "/manifests/").length, 1);
+  });
+  await t.step("death of several ranges", async () => {
+    await using bad = startRegistry();
     await using registry = startRegistry();
+    for (const each of [registry, bad]) serveLarge(each);
+    bad.faults = ({ path, count }) => path.includes("/blobs/") && count > 2 ? [{ kind: "reset" }] : [];
+    const { now, fetch } = simulateLink({ perConnection: 20e6 });
+    const { tarball } = await pull(registry, { mirrors: [bad.url], now, fetch, delay: noRetry });
+    assertSame(tarball, largeLayer().bytes);
+    const [first] = limits(askedRanges(registry)[0]);
+    assert(first >= 2 * RANGE, `${first}`);
+  });
+  await t.step("another manifest than its digest names", async () => {
+    await using registry = serveImage();
     await using mirror = startRegistry();
-    for (const each of [registry, mirror]) serveLarge(each);
-    mirror.faults = ({ path, count }) => path.includes("/blobs/") && count > 2 ? [{ kind: "reset" }] : [];
-    assertSame((await pull(registry, { mirrors: [mirror.url] })).tarball, largeLayer().bytes);
-    assert(askedRanges(registry).every((range) => limits(range)[0] >= RANGE), askedRanges(registry).join());
+    const other = makeImage({ layers: [NOISE] });
+    mirror.pushManifest("ns/wheels", IMAGE.digest, other.manifest, other.mediaType);
+    await pullsLayer(`${registry.host}/ns/wheels@${IMAGE.digest}`, { mirrors: [mirror.url] });
+  });
+  await t.step("if all fail, the registry's own failure is reported", async () => {
+    await using registry = startRegistry();
+    await using mirror = startRegistry({ auth: "basic" });
+    const { message } = await assertFails(() => pull(registry, { mirrors: [mirror.url] }), "not-found");
+    assert(message.includes(registry.host), message);
   });
 });
 
-Deno.test("wrong bytes from a mirror are seen, and fetched again from the registry", async () => {
+Deno.test("an HTML page or a wrong length from a mirror never reaches the output", async (t) => {
+  const html = { "content-type": "text/html" };
+  const answers: Record<string, () => Response> = {
+    "a page": () => new Response(PAGE, { headers: html }),
+    "a chunked page": () => new Response(ReadableStream.from([toBytes(PAGE)]), { headers: html }),
+    "a page of the layer's length": () => new Response(PAGE.padEnd(LAYER.length), { headers: html }),
+    "a page as octet-stream": () => new Response(PAGE, { headers: { "content-type": "application/octet-stream" } }),
+    "too few bytes": () => new Response(LAYER.slice(0, -1)),
+    "too many bytes": () => new Response(concat(LAYER, "x")),
+    "no bytes": () => new Response(""),
+    "no content": () => new Response(null, { status: 204 }),
+  };
+  await steps(t, answers, async (answer) => {
+    for (const part of [LAYER_PATH, "/manifests/"]) {
+      await using mirror = serveImage({ onRequest: answerTo(part, answer) });
+      await using registry = serveImage();
+      await pullsLayer(registry, { mirrors: [mirror.url] });
+      assert.equal(paths(mirror, part).length, 1);
+    }
+  });
+});
+
+Deno.test("a mirror's path that begins with /v2 is the prefix of its requests, and of its scope", async (t) => {
+  const table = {
+    "/v2/dockerhub": "dockerhub/ns/wheels",
+    "/v2/dockerhub/": "dockerhub/ns/wheels",
+    "/v2/a/b": "a/b/ns/wheels",
+    "/v2": "ns/wheels",
+    "/v2/": "ns/wheels",
+    "/": "ns/wheels",
+  };
+  await steps(t, table, async (repository, path) => {
+    for (const auth of ["none", "bearer"] as const) {
+      await using mirror = startRegistry({ auth });
+      mirror.pushImage(repository, "1.0", IMAGE);
+      await using registry = startRegistry();
+      await pullsLayer(registry, { mirrors: [`${mirror.url}${path}`] });
+      assert(paths(mirror, "registry ").every((text) => text.startsWith(`registry /v2/${repository}/`)));
+      assert.equal(registry.requests.length, 0);
+      const tokens = mirror.requests.filter(({ origin }) => origin === "token");
+      const scopes = tokens.flatMap(({ search }) => new URLSearchParams(search).getAll("scope"));
+      const hasScope = scopes.join(" ").split(" ").includes(`repository:${repository}:pull`);
+      assert.equal(hasScope, auth === "bearer");
+    }
+  });
+  await t.step("another path comes before /v2", async () => {
+    const network = fakeNetwork({ "https://mirror.example": answerImage });
+    for (const mirror of ["https://mirror.example/v2beta", "https://mirror.example/proxy/v2"]) {
+      await pullsLayer(PUBLIC, { protocol: "https", fetch: network.fetch, mirrors: [mirror] });
+      assert(network.requests.at(-1)?.url.startsWith(`${mirror}/v2/ns/wheels/blobs/`));
+    }
+  });
+});
+
+Deno.test("the registry continues where a mirror broke off", async () => {
+  await using registry = startRegistry();
+  await using mirror = startRegistry();
+  for (const each of [registry, mirror]) serveLayer(each, NOISE);
+  mirror.faults = blobFaults([{ kind: "stall", byte: 60_000 }], [{ kind: "reset" }]);
+  assertSame((await pull(registry, { mirrors: [mirror.url], timeout: 0.1 })).tarball, NOISE);
+  assert.deepEqual(askedRanges(registry), [`bytes=60000-${NOISE.length - 1}`]);
+});
+
+Deno.test("wrong bytes from a mirror are detected, and fetched again from the registry", async () => {
   using scratch = new Scratch();
   const layer = gzip(await makeTar(GOOD));
   for (const byte of [0, 30, layer.length - 1]) {
@@ -1971,16 +2758,16 @@ async function serveCached(scratch: Scratch) {
   };
 }
 
-Deno.test("a layer in the cache is not asked for again, unless it is wrong", async (t) => {
+Deno.test("a cached layer is not requested again, unless it is wrong", async (t) => {
   using scratch = new Scratch();
   await using cached = await serveCached(scratch);
   const { registry, layer, entry, fetch, assertKept } = cached;
-  await t.step("at first", async () => {
+  await t.step("the first time", async () => {
     await fetch();
     assertKept();
     assert.equal(askedRanges(registry).length, 1);
   });
-  await t.step("then", async () => {
+  await t.step("the second time", async () => {
     await fetch();
     assertKept();
     assert.equal(askedRanges(registry).length, 1);
@@ -1994,7 +2781,7 @@ Deno.test("a layer in the cache is not asked for again, unless it is wrong", asy
     "long": concat(layer, "x"),
   };
   for (const [name, bytes] of Object.entries(wrong)) {
-    await t.step(`with an entry that is wrong: ${name}`, async () => {
+    await t.step(`with a wrong entry: ${name}`, async () => {
       scratch.at(`cache/${entry}`, bytes);
       const before = askedRanges(registry).length;
       await fetch();
@@ -2012,7 +2799,7 @@ Deno.test("a layer in the cache is not asked for again, unless it is wrong", asy
   });
 });
 
-Deno.test("what a failed download left in the cache is gone on with", async (t) => {
+Deno.test("a download continues what a failed one left in the cache", async (t) => {
   using scratch = new Scratch();
   await using cached = await serveCached(scratch);
   const { registry, reference, layer, entry, fetch, assertKept } = cached;
@@ -2022,7 +2809,7 @@ Deno.test("what a failed download left in the cache is gone on with", async (t) 
 
   await t.step("after an error", async () => {
     registry.faults = blobFaults([{ kind: "stall", byte: 60_000 }], ...refused);
-    await failure(() => fetch({ timeout: 0.1, retries: 1 }), "network");
+    await assertFails(() => fetch({ timeout: 0.1, retries: 1 }), "network");
     assertSame(Deno.readFileSync(partial), layer.subarray(0, 60_000));
     registry.faults = [];
     await fetch();
@@ -2030,10 +2817,10 @@ Deno.test("what a failed download left in the cache is gone on with", async (t) 
     assertKept();
     reset();
   });
-  await t.step("after SIGKILL, which takes its lock away", async () => {
+  await t.step("after SIGKILL, which releases its lock", async () => {
     registry.faults = [{ kind: "stall", byte: 60_000 }];
     const place = ["-d", scratch.at("killed"), "--cache", scratch.at("cache")];
-    const child = spawnDeno(["run", ...PERMISSIONS, PROGRAM, "--protocol", "http", ...place, reference]);
+    const child = spawnProgram(["--protocol", "http", ...place, reference]);
     await waitFor(() => Object.keys(snapshot(scratch.path)).some((path) => path.endsWith(".part")));
     await waitFor(() => Deno.statSync(partial).size === 60_000);
     child.kill("SIGKILL");
@@ -2054,7 +2841,7 @@ Deno.test("what a failed download left in the cache is gone on with", async (t) 
     "too long": concat(layer, noise),
   };
   for (const [name, bytes] of Object.entries(parts)) {
-    await t.step(`which is ${name}`, async () => {
+    await t.step(`a part that is ${name}`, async () => {
       scratch.at(`cache/${entry}.part`, bytes);
       const before = askedRanges(registry).length;
       await fetch();
@@ -2067,15 +2854,15 @@ Deno.test("what a failed download left in the cache is gone on with", async (t) 
   }
 });
 
-Deno.test("several processes may share a cache, and a DEST", async () => {
+Deno.test("several processes can share a cache and a DEST", async () => {
   using scratch = new Scratch();
   await using cached = await serveCached(scratch);
   const { registry, reference, fetch, assertKept } = cached;
   registry.faults = [{ kind: "trickle", bytesPerSecond: 1_000_000 }];
   const place = ["-d", scratch.at("shared"), "--cache", scratch.at("cache")];
-  const args = ["run", ...PERMISSIONS, PROGRAM, "--protocol", "http", ...place, reference];
+  const args = ["--protocol", "http", ...place, reference];
   const ours = { dest: scratch.at("shared"), cache: scratch.at("cache"), protocol: "http" } as const;
-  const [one, two] = await Promise.all([runDeno(args), runDeno(args), fetchWheels(reference, ours)]);
+  const [one, two] = await Promise.all([runProgram(args), runProgram(args), fetchWheels(reference, ours)]);
   assert.deepEqual([one.code, two.code], [0, 0], one.stderr + two.stderr);
   assert.deepEqual(Object.keys(contents(scratch.at("shared"))), ["a.whl"]);
   assertKept();
@@ -2084,7 +2871,7 @@ Deno.test("several processes may share a cache, and a DEST", async () => {
   assert.equal(askedRanges(registry).length, before);
 });
 
-Deno.test("a cache that cannot be written to is said, and done without", async (t) => {
+Deno.test("a cache that cannot be written causes a warning, and is not used", async (t) => {
   await t.step("because it is a file", async () => {
     using scratch = new Scratch();
     await using cached = await serveCached(scratch);
@@ -2114,880 +2901,7 @@ Deno.test("a cache that cannot be written to is said, and done without", async (
   }
 });
 
-Deno.test({
-  name: "a large layer needs little memory: 320 MiB through less than 200 MiB, in one stream or in ranges",
-  ignore: Deno.build.os !== "linux",
-  async fn(t) {
-    // One member of gzip that holds a whole block of noise, stored, and is sent again and again.
-    const count = 320;
-    const size = 1 << 20;
-    const header = gzip(rawHeader({ name: "big.whl", size: count * size }));
-    const block = gzipStored(new Uint8Array(randomBytes(size)));
-    const end = gzip(new Uint8Array(1024));
-    const parts = [header, ...Array<Uint8Array>(count).fill(block), end];
-    const hash = createHash("sha256");
-    for (const part of parts) hash.update(part);
-    const digest = `sha256:${hash.digest("hex")}`;
-    const total = header.length + count * block.length + end.length;
-    const between = function* (first: number, last: number) {
-      let at = 0;
-      for (const part of parts) {
-        if (at <= last && at + part.length > first) yield part.subarray(Math.max(0, first - at), last + 1 - at);
-        at += part.length;
-      }
-    };
-    for (const connections of [1, 4]) {
-      await t.step(`connections: ${connections}`, async () => {
-        await using registry = startRegistry({
-          onRequest: (request, { path }) => {
-            if (!path.includes(digest)) return undefined;
-            const range = request.headers.get("range");
-            const [first, last] = range === null ? [0, total - 1] : limits(range);
-            const said = {
-              "content-length": `${last + 1 - first}`,
-              "content-range": `bytes ${first}-${last}/${total}`,
-            };
-            const status = range === null ? 200 : 206;
-            return new Response(ReadableStream.from(between(first, last)), { status, headers: said });
-          },
-        });
-        const reference = serveLayer(registry, toBytes(""), { digest, size: total });
-        using scratch = new Scratch();
-        const workerUrl = new URL("fetch_wheels.ts", import.meta.url).href; // as the command line has it
-        const options = JSON.stringify({ dest: scratch.at("dest"), connections, workerUrl });
-        const script = `import { fetchWheels } from ${JSON.stringify(workerUrl)};
-          const { files } = await fetchWheels(${JSON.stringify(reference)}, ${options});
-          const [, peak] = /VmHWM:\\s*(\\d+) kB/.exec(Deno.readTextFileSync("/proc/self/status"));
-          console.log(JSON.stringify({ files, peak: Number(peak) }));`;
-        const { code, stdout, stderr } = await runDeno(["eval", script]);
-        assert.equal(code, 0, stderr);
-        const { files, peak } = JSON.parse(stdout);
-        assert.deepEqual(files, [{ path: "big.whl", size: count * size }]);
-        assert.equal(askedRanges(registry).length, connections === 1 ? 1 : Math.ceil(total / RANGE));
-        assert(peak > 10 * 1024 && peak < 200 * 1024, `a peak of ${peak} KiB`);
-      });
-    }
-  },
-});
-
-/** gzip that does not compress, so that as many bytes come in as go out. */
-function gzipStored(bytes: Uint8Array): Uint8Array {
-  const [head, tail] = [gzip(bytes).subarray(0, 10), gzip(bytes).subarray(-8)];
-  return concat(head, deflateRawSync(bytes, { level: 0 }), tail);
-}
-
-/** The same numbers from the same seed, everywhere (mulberry32). */
-class Lot {
-  #state: number;
-
-  constructor(seed: number) {
-    this.#state = seed | 0;
-  }
-
-  below(limit: number): number {
-    this.#state = (this.#state + 0x6d2b79f5) | 0;
-    let mixed = Math.imul(this.#state ^ (this.#state >>> 15), this.#state | 1);
-    mixed ^= mixed + Math.imul(mixed ^ (mixed >>> 7), mixed | 61);
-    return Math.floor(((mixed ^ (mixed >>> 14)) >>> 0) / 2 ** 32 * limit);
-  }
-
-  pick<T>(choices: readonly T[]): T {
-    return choices[this.below(choices.length)] as T;
-  }
-}
-
-/** Where something may go wrong: the places that answer with the manifest, a token, the blob or a redirect to it. */
-type Place = "manifests" | "token" | "blobs" | "storage";
-
-/** Faults of a place's first requests, and of all that follow. */
-type Trouble = Partial<Record<Place, { first: Fault[][]; then: Fault[] }>>;
-
-/** One download: what serves it, what goes wrong, and how it must end (`right`, or the kinds of a failure). */
-interface Plan {
-  isLarge: boolean;
-  isSchema1: boolean;
-  auth: "none" | "bearer";
-  storage: false | { signed: boolean };
-  there: boolean;
-  connections: number;
-  trouble: Trouble;
-  mirror?: Trouble;
-  cache?: "empty" | "entry" | "wrong entry" | "part" | "wrong part";
-  ending: string;
-}
-
-function drawPlan(lot: Lot, isLarge: boolean): Plan {
-  const isSchema1 = !isLarge && lot.below(5) === 0;
-  const auth = lot.pick(["none", "bearer"] as const);
-  const storage = lot.pick([false, false, { signed: false }, { signed: true }] as const);
-  const shared = { isLarge, isSchema1, auth, storage, there: lot.below(2) === 0, connections: lot.pick([1, 2, 4, 16]) };
-  const at = () => lot.below(isLarge ? 6 << 20 : NOISE.length);
-  const refusals = ["1", "880\xb5s", "Thu, 01 Jan 1970 00:00:00 GMT"];
-  const status = (code: number): Fault => ({ kind: "status", code, headers: { "retry-after": lot.pick(refusals) } });
-  const anywhere = (): Fault =>
-    lot.below(3) === 0 ? { kind: "reset" } : status(lot.pick([408, 429, 500, 502, 503, 504]));
-  const early: (() => Fault)[] = [
-    anywhere,
-    () => ({ kind: "dieAt", byte: lot.below(40) }),
-    () => ({ kind: "stall", byte: 9 }),
-  ];
-  const inBlob: (() => Fault)[] = [
-    anywhere,
-    () => ({ kind: "dieAt", byte: at() }),
-    () => ({ kind: "dieAt", byte: at() }),
-    () => ({ kind: "stall", byte: at() }),
-    () => ({ kind: "trickle", bytesPerSecond: isLarge ? 200 << 20 : 2 << 20 }),
-    () => ({ kind: "wrongRange", shift: lot.pick([-1, 1, 99]) }),
-    () => ({ kind: "wrongRange", shift: 0, total: at() }),
-    () => ({ kind: "ignoreRange" }),
-    () => ({ kind: "status", code: lot.pick([400, 416]) }),
-    // Without a size, an answer that ends well is whole; and a length that comes twice is what the registry has.
-    ...(isSchema1 ? [] : [(): Fault => ({ kind: "short", byte: at(), chunked: lot.below(2) === 0 })]),
-  ];
-  const several = (least: number, draw: (() => Fault)[]) =>
-    Array.from({ length: least + lot.below(3) }, () => Array.from({ length: 1 + lot.below(2) }, () => lot.pick(draw)()))
-      // 400 and 416 are answers to a range; a registry that gives them to a plain GET means it.
-      .map((faults) => faults.filter((fault) => fault.kind !== "status" || ![400, 416].includes(fault.code)));
-  const passing = (): Trouble => {
-    const body = { first: several(1, inBlob), then: [] };
-    const expired: Fault = storage ? { kind: "expiredSignature" } : { kind: "expiredToken" };
-    if (lot.below(3) === 0 && (storage || auth === "bearer")) body.first[lot.below(2)] = [expired];
-    return {
-      manifests: { first: several(0, early), then: [] },
-      token: { first: several(0, [anywhere]), then: [] },
-      blobs: storage ? { first: several(0, [anywhere]), then: [] } : body,
-      ...(storage && { storage: body }),
-    };
-  };
-  const lasting = (then: Fault[]): Trouble => {
-    const trouble = passing();
-    const place = storage ? "storage" : "blobs";
-    const first: Fault[][] = lot.pick([[], [[{ kind: "dieAt", byte: at() }]]]);
-    return { ...trouble, [place]: { first, then } };
-  };
-  const byte = lot.below(isLarge ? largeLayer().bytes.length : NOISE.length);
-  const endings: (() => Pick<Plan, "trouble" | "ending">)[] = [
-    () => ({ trouble: lasting([{ kind: "reset" }]), ending: "network" }),
-    () => ({ trouble: lasting([{ kind: "dieAt", byte: 0 }]), ending: "network" }),
-    () => ({ trouble: lasting([status(503)]), ending: "network" }),
-    () => ({
-      trouble: lasting([{ kind: "status", code: 429, headers: { "retry-after": "3600" } }]),
-      ending: "network",
-    }),
-    () => ({ trouble: lasting([{ kind: "short", byte: 0 }]), ending: "integrity|network" }),
-    () => ({ trouble: lasting([{ kind: "wrongRange", shift: 7, claim: "asked" }]), ending: "right|integrity" }),
-    () => ({ trouble: { manifests: { first: [], then: [{ kind: "status", code: 404 }] } }, ending: "not-found" }),
-    () => ({ trouble: { manifests: { first: [], then: [{ kind: "status", code: 403 }] } }, ending: "auth" }),
-    ...(storage ? [() => ({ trouble: lasting([{ kind: "expiredSignature" }]), ending: "auth|network" })] : []),
-    ...(auth === "bearer"
-      ? [() => ({ trouble: { manifests: { first: [], then: [{ kind: "expiredToken" as const }] } }, ending: "auth" })]
-      : []),
-  ];
-  switch (lot.below(8)) {
-    case 0:
-    case 1:
-      return { ...shared, ...lot.pick(endings)() };
-    case 2: {
-      const trouble = passing();
-      for (const place of ["blobs", "storage"] as const) {
-        const { first, then } = trouble[place] ?? { first: [], then: [] };
-        const flip: Fault = { kind: "flipBit", byte };
-        trouble[place] = { first: first.map((faults) => [...faults, flip]), then: [...then, flip] };
-      }
-      return { ...shared, trouble, ending: "integrity" };
-    }
-    case 3: {
-      const bad: Fault[] = [{ kind: "flipBit", byte }, { kind: "reset" }, { kind: "dieAt", byte: at() }, status(429)];
-      const mirror = {
-        blobs: { first: several(1, inBlob), then: [lot.pick(bad)] },
-        manifests: { first: several(0, early), then: [] },
-      };
-      return { ...shared, trouble: passing(), mirror, ending: "right" };
-    }
-    case 4:
-    case 5: {
-      const cache = lot.pick(["empty", "entry", "wrong entry", "part", "wrong part"] as const);
-      return { ...shared, trouble: passing(), cache, ending: "right" };
-    }
-    default:
-      return { ...shared, trouble: passing(), ending: "right" };
-  }
-}
-
-const placeOf = ({ origin, path }: RequestContext): Place =>
-  origin === "registry" ? path.includes("/blobs/") ? "blobs" : "manifests" : origin;
-
-async function runPlan(plan: Plan, layer: { bytes: Uint8Array<ArrayBuffer>; digest: string }): Promise<string> {
-  const { isSchema1, isLarge, auth, storage, there, trouble, mirror, cache, connections } = plan;
-  using scratch = new Scratch();
-  using kept = new Scratch();
-  const serve = (options: RegistryOptions, trouble: Trouble) => {
-    const registry = startRegistry(options);
-    if (isSchema1) registry.pushImage("ns/wheels", "1.0", makeSchema1({ ...SCHEMA1_FIELDS, layers: [layer.bytes] }));
-    else serveLayer(registry, layer.bytes, { digest: layer.digest });
-    registry.faults = (context) => {
-      const { first, then } = trouble[placeOf(context)] ?? { first: [], then: [] };
-      return first[context.count - 1] ?? then;
-    };
-    return registry;
-  };
-  await using registry = serve({ auth, storage }, trouble);
-  await using second = serve({}, mirror ?? {});
-  const dest = scratch.at("dest");
-  if (there) scratch.at("dest/old.whl", "old");
-  const before = snapshot(scratch.path);
-  const entry = `blobs/${layer.digest.replace(":", "/")}`;
-  const broken = layer.bytes.slice(0, isLarge ? 9 << 20 : 70_000);
-  if (cache?.startsWith("wrong")) broken[broken.length >> 1] = (broken[broken.length >> 1] ?? 0) ^ 1;
-  if (cache !== undefined && cache !== "empty") {
-    kept.at(cache.endsWith("part") ? `${entry}.part` : entry, cache === "entry" ? layer.bytes : broken);
-  }
-  const options = {
-    ...{ dest, connections, protocol: "http", retries: 9, timeout: isLarge ? 0.5 : 0.15 } as const,
-    delay: () => Promise.resolve(),
-    mirrors: mirror && [second.url],
-    cache: cache && kept.path,
-  };
-  const ending = await fetchWheels(`${registry.host}/ns/wheels:1.0`, options).then(() => "right", (error) => {
-    assert(error instanceof FetchWheelsError, `not one of ours: ${error?.stack ?? error}`);
-    return `${error.kind}: ${error.message}`;
-  });
-  const after = snapshot(scratch.path);
-  const expected = {
-    "dest": "directory 755",
-    "dest/big.whl": `file 644 ${isLarge ? largeLayer().wheel : sha256(NOISE)}`,
-  };
-  assert.deepEqual(after, ending === "right" ? { ...before, ...expected } : before);
-  if (cache && ending === "right") assert.equal(sha256(Deno.readFileSync(kept.at(entry))), layer.digest);
-  return ending;
-}
-
-Deno.test("hundreds of downloads with faults by lot end right, or fail as they should and leave nothing", async () => {
-  const seed = Number(Deno.env.get("FETCH_WHEELS_SEED") ?? randomBytes(4).readUInt32LE());
-  console.log(`FETCH_WHEELS_SEED=${seed} replays the faults`);
-  const tar = rawTar(rawHeader({ name: "big.whl", size: NOISE.length }), NOISE);
-  const layers = [tar, gzip(tar)].map((bytes) => ({ bytes, digest: sha256(bytes) }));
-  const failures: string[] = [];
-  const runs = Array.from({ length: 300 }, (_, at) => async () => {
-    const plan = drawPlan(new Lot(seed + at), at % 15 === 0);
-    const layer = plan.isLarge ? largeLayer() : layers[at % 2] ?? assert.fail();
-    const ending = await runPlan(plan, layer).catch((error) => `wrong: ${error.stack}`);
-    if (!plan.ending.split("|").includes(ending.split(":")[0] ?? "")) {
-      failures.push(`${at}: ${ending} ${JSON.stringify(plan)}`);
-    }
-  });
-  const work = async () => {
-    for (let next = runs.shift(); next !== undefined; next = runs.shift()) await next();
-  };
-  await Promise.all(Array.from({ length: 12 }, work));
-  assert.equal(failures.join("\n"), "", `with FETCH_WHEELS_SEED=${seed}`);
-});
-
-// ---------------------------------------------------------------------------------------------------------------------
-// 7 Tar
-// ---------------------------------------------------------------------------------------------------------------------
-
-type Parts = (string | Uint8Array | Parts)[];
-const file = (
-  name: string,
-  data = name,
-  fields = {},
-): Parts => [rawHeader({ name, size: data.length, ...fields }), data];
-const symlink = (name: string, linkname: string): Parts => [rawHeader({ name, linkname, typeflag: "2" })];
-const hardlink = (name: string, linkname: string): Parts => [rawHeader({ name, linkname, typeflag: "1" })];
-const directory = (name: string, mode = 0o755): Parts => [rawHeader({ name, typeflag: "5", mode })];
-const meta = (
-  typeflag: string,
-  body: Uint8Array,
-): Parts => [rawHeader({ name: "m", typeflag, size: body.length }), body];
-const pax = (records: Record<string, string>): Parts => meta("x", paxRecords(records));
-const gnu = (typeflag: "L" | "K", text: string): Parts => meta(typeflag, toBytes(`${text}\0`));
-const sparse = (fields: Record<string, string>): Parts =>
-  pax(Object.fromEntries(Object.entries(fields).map(([key, value]) => [`GNU.sparse.${key}`, value])));
-
-const flat = (parts: Parts): (string | Uint8Array)[] => parts.flatMap((p) => Array.isArray(p) ? flat(p) : [p]);
-const tarOf = (...parts: Parts) => rawTar(...flat(parts));
-
-/** What must be refused, by the kind of the error. */
-const HOSTILE: Record<string, [name: string, ...parts: Parts][]> = {
-  "unsafe": [
-    ["an absolute path", file("/tmp/evil.whl")],
-    ["an absolute path by prefix", file("evil.whl", "x", { prefix: "/tmp" })],
-    ["an absolute path in PAX", pax({ path: "/tmp/evil.whl" }), file("a.whl")],
-    ["an absolute path in a GNU long name", gnu("L", "/tmp/evil.whl"), file("a.whl")],
-    ["an absolute directory", directory("/tmp/evil/")],
-    ["a path of ..", directory("..")],
-    ["a path that begins with ..", file("../evil.whl")],
-    ["a path with .. in it that stays inside", file("sub/../evil.whl")],
-    ["a path that ends in ..", directory("sub/..")],
-    ["a path with .. behind ./", file("./../evil.whl")],
-    ["a path with .. by prefix", file("evil.whl", "x", { prefix: ".." })],
-    ["a path with .. in PAX", pax({ path: "../evil.whl" }), file("a.whl")],
-    ["a path with .. in a GNU long name", gnu("L", "../evil.whl"), file("a.whl")],
-    ["a path with .. in what would be left out", file(".wh.x/../../evil")],
-    ["a path with .. and a line break", file("two\nlines/../../evil")],
-    ["a device outside", rawHeader({ name: "../null", typeflag: "3" })],
-    ["a NUL in a PAX path", pax({ path: "evil.whl\0.txt" }), file("a.whl")],
-    ["a symlink to an absolute path", symlink("link", "/etc/passwd")],
-    ["a symlink to an absolute path in PAX", pax({ linkpath: "/etc/passwd" }), symlink("link", "good.whl")],
-    ["a symlink to an absolute path in a GNU long link", gnu("K", "/etc/passwd"), symlink("link", "good.whl")],
-    ["a symlink to the directory above", symlink("link", "..")],
-    ["a symlink outside from a subdirectory", symlink("sub/link", "../../evil")],
-    ["a symlink outside and in again", symlink("link", "../there/good.whl")],
-    ["a symlink outside through another", symlink("deep/up", ".."), symlink("deep/out", "up/../evil")],
-    [
-      "a symlink outside through one that comes later",
-      symlink("out", "a/b/../.."),
-      symlink("a/b", "../c"),
-      directory("c"),
-    ],
-    ["a symlink, and a file through it to the outside", symlink("link", "/tmp"), file("link/evil.whl")],
-    ["a hard link to an absolute path", hardlink("link", "/etc/passwd")],
-    ["a hard link to an absolute path in PAX", pax({ linkpath: "/etc/passwd" }), hardlink("link", "good.whl")],
-    ["a hard link to a path with ..", hardlink("link", "../evil")],
-    ["a hard link to a symlink outside", symlink("link", "/etc/passwd"), hardlink("hard", "link")],
-  ],
-  "unsafe|integrity": [
-    ["a symlink, and a file through it to the inside", directory("sub"), symlink("link", "sub"), file("link/evil.whl")],
-    ["a symlink, and a directory in its place", symlink("link", "good.whl"), directory("link")],
-    ["a symlink with a NUL in its target", pax({ linkpath: "good.whl\0x" }), symlink("link", "good.whl")],
-    ["a hard link through a symlink", file("sub/b"), symlink("link", "sub"), hardlink("hard", "link/b")],
-  ],
-  "integrity": [
-    ["a hard link to nothing", hardlink("link", "none.whl")],
-    ["a hard link to what comes later", hardlink("link", "b"), file("b")],
-    ["a hard link to itself", hardlink("link", "link")],
-    ["a hard link to a directory", directory("sub"), hardlink("link", "sub")],
-    ["a huge size and a short body", rawHeader({ name: "a.whl", size: 8 ** 11 - 1 }), "x"],
-    ["a huger size in base 256", rawHeader({ name: "a.whl", size: 2 ** 62 }), "x"],
-    ["a huge size in PAX", pax({ size: "9".repeat(15) }), file("a.whl")],
-    ["a huge size of PAX records", rawHeader({ name: "p", typeflag: "x", size: 2 ** 40 })],
-    ["a negative size in base 256", rawHeader({ name: "a.whl", size: -512 }), "x"],
-    ["a negative size in octal", rawHeader({ name: "a.whl", size: "-0000000001" }), "x"],
-    ["a size that is no number", rawHeader({ name: "a.whl", size: "twelve" }), "x"],
-    ["a wrong checksum", file("a.whl", "x", { checksum: 1 })],
-    ["noise in a header's place", "noise".repeat(100)],
-    ...["abc", "-1", "1e0", "0x1", "1.0", "+1", " 1", "1 ", "1\n", "NaN", "Infinity", "9".repeat(30)].map((
-      size,
-    ): [string, ...Parts] => [`a PAX size of ${JSON.stringify(size)}`, pax({ size }), file("a.whl", "x")]),
-    ["a global PAX size that is none", meta("g", paxRecords({ size: "abc" })), file("a.whl", "x")],
-    ["a sparse file of PAX 0.1", sparse({ size: "9", numblocks: "1", map: "0,1" }), file("a", "x")],
-    [
-      "a sparse file of PAX 1.0",
-      sparse({ major: "1", minor: "0", realsize: "9" }),
-      file("a", "1\n0\n1\n".padEnd(513, "\0")),
-    ],
-    ["a sparse file of old GNU", file("a.whl", "x", { typeflag: "S", magic: "gnu" })],
-    [
-      "a sparse file behind a comment like a size",
-      pax({ comment: "\n12 size=512" }),
-      file("a", "", { typeflag: "0" }),
-      file("b", "x", { typeflag: "S" }),
-    ],
-    ["a directory over a file", directory("good.whl/")],
-    ["a file below a file", file("good.whl/evil")],
-    ["a file over a directory", directory("sub"), file("sub")],
-    ["a file over a directory that is not empty", file("sub/b"), file("sub")],
-    ["a symlink over a directory", file("sub/b"), symlink("sub", "good.whl")],
-    ["a file without a name", file(".", "x")],
-  ],
-};
-
-Deno.test("an archive is refused, and DEST stays as it was, for", async (t) => {
-  using scratch = new Scratch();
-  for (const [kind, rows] of Object.entries(HOSTILE)) {
-    for (const [name, ...parts] of rows) {
-      await t.step(name, () => assertRefused(scratch.at("layer.tar", tarOf(file("good.whl"), ...parts)), kind));
-    }
-  }
-});
-
-Deno.test("an archive that is cut is refused, and DEST stays as it was", async (t) => {
-  using scratch = new Scratch();
-  const tar = tarOf(file("good.whl"), pax({ path: "long.whl" }), file("b.whl", "x".repeat(600)));
-  const places = {
-    "in the first header": 300,
-    "before a body": 512,
-    "in a body": 515,
-    "in the padding of a body": 600,
-    "between two members": 1024,
-    "in a later header": 1200,
-    "before PAX records": 1536,
-    "between PAX records and their member": 2048,
-    "in the last body": 2700,
-    "before the end's empty blocks": 3584,
-  };
-  assert.equal(tar.length, 3584 + 1024);
-  for (const [name, length] of Object.entries(places)) {
-    for (const [form, layer] of Object.entries({ plain: tar.slice(0, length), gzip: gzip(tar.slice(0, length)) })) {
-      await t.step(`${name}, ${form}`, () => assertRefused(scratch.at("layer", layer), "integrity"));
-    }
-  }
-});
-
-const LONG = `${"long-directory/".repeat(9)}${"n".repeat(120)}.whl`;
-const LONG_THERE = Object.fromEntries(
-  [...LONG.matchAll(/\//g)].map(({ index }) => [LONG.slice(0, index), "/"]).concat([[LONG, "x"]]),
-);
-
-/** What must be taken, and what is there afterwards; null stands for a member that is left out and named. */
-const HONEST: [name: string, there: Record<string, string | null>, ...parts: Parts][] = [
-  ["a long name in PAX", LONG_THERE, pax({ path: LONG }), file("cut", "x")],
-  ["a long name of GNU", LONG_THERE, gnu("L", LONG), file("cut", "x", { magic: "gnu" })],
-  [
-    "a long link of GNU",
-    { ...LONG_THERE, l: "x" },
-    gnu("L", LONG),
-    file("cut", "x"),
-    gnu("K", LONG),
-    hardlink("l", "cut"),
-  ],
-  ["a name in UTF-8", { "käse-寿司.whl": "x" }, file("käse-寿司.whl", "x")],
-  ["a name in UTF-8 in PAX", { "käse-寿司.whl": "x" }, pax({ path: "käse-寿司.whl" }), file("k", "x")],
-  ["a ustar prefix", { a: "/", "a/b": "/", "a/b/c": "x" }, file("c", "x", { prefix: "a/b" })],
-  ["a v7 header", { b: "x" }, file("b", "x", { magic: "v7", typeflag: "\0" })],
-  ["a size in PAX", { b: "x".repeat(600) }, pax({ size: "600" }), rawHeader({ name: "b" }), "x".repeat(600)],
-  ["a global PAX header", { b: "x" }, meta("g", paxRecords({ comment: "0123abc" })), file("b", "x")],
-  ["a PAX comment like a size", { b: "", c: "Sx" }, pax({ comment: "\n12 size=512" }), file("b", ""), file("c", "Sx")],
-  ["an empty file", { b: "" }, file("b", "")],
-  ["an empty directory", { sub: "/" }, directory("sub/")],
-  ["a directory that has a size", { d: "/", b: "x" }, rawHeader({ name: "d", typeflag: "5", size: 9 }), file("b", "x")],
-  ["a contiguous file", { b: "x" }, file("b", "x", { typeflag: "7" })],
-  ["duplicates, of which the last one wins", { b: "last", c: "c" }, file("b", "first"), file("c"), file("b", "last")],
-  ["a directory twice", { d: "/", "d/b": "x" }, directory("d"), file("d/b", "x"), directory("d")],
-  ["a symlink whose name a file takes", { b: "x" }, symlink("b", "good.whl"), file("b", "x")],
-  ["a file whose name a symlink takes", { b: "-> good.whl" }, file("b", "x"), symlink("b", "good.whl")],
-  ["a hard link whose name a file takes", { b: "x", c: "y" }, file("b", "x"), hardlink("c", "b"), file("c", "y")],
-  ["a hard link whose first name is taken", { b: "y", c: "x" }, file("b", "x"), hardlink("c", "b"), file("b", "y")],
-  ["a leading ./ and more slashes", { s: "/", "s/b": "x" }, directory("./"), directory("./s/"), file(".//s//./b", "x")],
-  ["a component that begins with a dot", { ".hidden": null, "a.b": "x" }, file(".hidden"), file("a.b", "x")],
-  ["a directory that begins with a dot", { ".d": null, ".d/b": null }, directory(".d"), file(".d/b")],
-  [
-    "a whiteout",
-    { s: "/", "s/.wh.b": null, "s/.wh..wh..opq": null },
-    directory("s"),
-    file("s/.wh.b"),
-    file("s/.wh..wh..opq"),
-  ],
-  [
-    "a device and a FIFO",
-    { n3: null, n4: null, n6: null },
-    ["3", "4", "6"].map((t) => rawHeader({ name: `n${t}`, typeflag: t })),
-  ],
-  ["hard links", { h: "good.whl", s: "/", "s/h": "good.whl" }, hardlink("h", "./good.whl"), hardlink("s/h", "h")],
-  [
-    "a hard link that has a size",
-    { h: "good.whl" },
-    rawHeader({ name: "h", linkname: "good.whl", typeflag: "1", size: 9 }),
-  ],
-  [
-    "symlinks inside",
-    { l: "-> good.whl", s: "/", "s/up": "-> ../l" },
-    symlink("l", "good.whl"),
-    symlink("s/up", "../l"),
-  ],
-  ["a symlink to nothing inside", { l: "-> s/none" }, symlink("l", "s/none")],
-  [
-    "a symlink inside through another",
-    { a: "/", "a/b": "/", c: "-> a/b", l: "-> c/../../good.whl" },
-    directory("a/b"),
-    symlink("c", "a/b"),
-    symlink("l", "c/../../good.whl"),
-  ],
-  ["zeros behind the end", { b: "x" }, file("b", "x"), new Uint8Array(20 * 512)],
-];
-
-Deno.test("an archive is taken with", async (t) => {
-  for (const [name, there, ...parts] of HONEST) {
-    await t.step(name, async () => {
-      using scratch = new Scratch();
-      const source = scratch.at("layer.tar", tarOf(file("good.whl"), ...parts));
-      Deno.mkdirSync(scratch.at("there"));
-      for (const dest of ["absent", "there"]) {
-        const result = await fetchWheels(source, { dest: scratch.at(dest) });
-        const expected = Object.entries({ "good.whl": "good.whl", ...there });
-        const isLeftOut = ([, text]: [string, string | null]) => text === null;
-        assert.deepEqual(contents(scratch.at(dest)), Object.fromEntries(expected.filter((row) => !isLeftOut(row))));
-        const files = expected.filter((row) => !isLeftOut(row) && row[1] !== "/").map(([path]) => path);
-        assert.deepEqual(result.files.map(({ path }) => path).sort(), files.sort());
-        assert.deepEqual(result.skipped.map(({ path }) => path), expected.filter(isLeftOut).map(([path]) => path));
-        for (const { reason } of result.skipped) assert.match(reason, /\w/);
-      }
-      assert.deepEqual([...Deno.readDirSync(scratch.path)].map(({ name }) => name).sort(), [
-        "absent",
-        "layer.tar",
-        "there",
-      ]);
-    });
-  }
-});
-
-Deno.test("hard links share one file", async () => {
-  using scratch = new Scratch();
-  const source = scratch.at("layer.tar", tarOf(file("b"), hardlink("c", "b")));
-  await fetchWheels(source, { dest: scratch.at("dest") });
-  assert.equal(Deno.statSync(scratch.at("dest/c")).ino, Deno.statSync(scratch.at("dest/b")).ino);
-  assert.equal(Deno.statSync(scratch.at("dest/c")).nlink, 2);
-});
-
-Deno.test("modes come from the archive, not from the umask, without setuid, setgid and sticky bits; so do times", async () => {
-  using scratch = new Scratch();
-  const modes = { "a": 0o644, "b": 0o755, "c": 0o4755, "d": 0o2777, "e": 0o1666, "f": 0, "g": 0o444 };
-  const files = Object.entries(modes).map(([name, mode]) => file(name, name, { mode }));
-  const source = scratch.at("layer.tar", tarOf(directory("sub", 0o2775), directory("bare", 0), files));
-  const args = ["run", ...PERMISSIONS, PROGRAM, "--wheels-file", scratch.at("none/none"), source];
-  for (const dest of ["absent", "there"]) {
-    if (dest === "there") Deno.mkdirSync(scratch.at(dest));
-    const through = ["/bin/sh", "-c", 'umask 077; exec "$@"', "sh"];
-    const { code, stderr } = await runDeno([...args, "-d", scratch.at(dest)], { through });
-    assert.equal(code, 0, stderr);
-    const actual = Object.entries(snapshot(scratch.at(dest))).map(([path, entry]) => [path, entry.split(" ")[1]]);
-    const expected = { a: "644", b: "755", c: "755", d: "777", e: "666", f: "600", g: "644", sub: "775", bare: "700" };
-    assert.deepEqual(Object.fromEntries(actual), expected);
-    assert.equal(Deno.statSync(scratch.at(`${dest}/a`)).mtime?.toISOString(), "2024-01-01T00:00:00.000Z");
-  }
-});
-
-Deno.test("a skipped member before a large one does not stop the extraction", async (t) => {
-  using scratch = new Scratch();
-  const large = randomBytes(1 << 20);
-  const wheel = (name: string): Parts => [rawHeader({ name, size: large.length }), large];
-  const table: [name: string, options: FetchWheelsOptions, ...parts: Parts][] = [
-    ["hidden", {}, file(".hidden", "x".repeat(100)), wheel("a.whl")],
-    ["not included", { include: ["*.whl"] }, file("u.txt", "x"), wheel("a.whl")],
-    ["excluded", { exclude: ["*.txt"] }, file("u.txt", "x"), wheel("a.whl")],
-    ["too short", { stripComponents: 1 }, file("README", "x"), wheel("w/a.whl")],
-  ];
-  for (const [name, options, ...parts] of table) {
-    for (const [form, pack] of Object.entries({ plain: (tar: Uint8Array) => tar, gzip, zstd })) {
-      await t.step(`${name}, ${form}`, async () => {
-        const dest = scratch.at(`${name}-${form}`);
-        const source = scratch.at(`${name}.${form}`, pack(tarOf(...parts)));
-        await fetchWheels(source, { ...options, dest, signal: AbortSignal.timeout(10_000) });
-        assertSame(Deno.readFileSync(join(dest, "a.whl")), large);
-      });
-    }
-  }
-});
-
-// ---------------------------------------------------------------------------------------------------------------------
-// 8 Disk
-// ---------------------------------------------------------------------------------------------------------------------
-
-Deno.test("publishing into DEST adds, replaces and leaves the rest, constraints last", async () => {
-  using scratch = new Scratch();
-  const dest = scratch.at("dest");
-  scratch.at("dest/a.whl", "old");
-  scratch.at("dest/kept.whl", "kept");
-  scratch.at("dest/sub/kept.txt", "kept");
-  Deno.chmodSync(scratch.at("dest/sub"), 0o750);
-  const names = ["a.txt", "a.whl", "sub/b.txt", "sub/b.whl", "z.whl"];
-  const source = scratch.at("layer.tar", tarOf(names.map((name) => file(name, "new"))));
-  using watcher = Deno.watchFs(dest);
-  await fetchWheels(source, { dest });
-  scratch.at("dest/over", "");
-
-  const fresh = Object.fromEntries(names.map((name) => [name, "new"]));
-  const kept = { "kept.whl": "kept", "sub/kept.txt": "kept" };
-  assert.deepEqual(contents(dest), { ...fresh, ...kept, sub: "/", over: "" });
-  assert.equal((Deno.statSync(scratch.at("dest/sub")).mode ?? 0) & 0o777, 0o750);
-
-  const appeared: string[] = [];
-  for await (const { paths } of watcher) {
-    for (const path of paths) {
-      const name = path.slice(dest.length + 1);
-      if (names.includes(name) && !appeared.includes(name)) appeared.push(name);
-    }
-    if (paths.some((path) => path.endsWith("/over"))) break;
-  }
-  assert.deepEqual(appeared.toSorted(), names.toSorted());
-  const lastWheel = Math.max(...appeared.map((name, at) => name.endsWith(".whl") ? at : -1));
-  assert(lastWheel < appeared.indexOf("a.txt") && lastWheel < appeared.indexOf("sub/b.txt"), appeared.join());
-});
-
-Deno.test("publishing that fails in the middle is taken back", async (t) => {
-  const names = ["a.whl", "new/b.whl", "sub/c.whl", "y.txt", "z.whl"];
-  const obstacles: Record<string, { kind: string; make(scratch: Scratch): void }> = {
-    "a directory in a file's place": { kind: "io", make: (scratch) => scratch.at("dest/z.whl/full", "") },
-    "an empty directory in a file's place": { kind: "io", make: (scratch) => Deno.mkdirSync(scratch.at("dest/z.whl")) },
-    "a directory in the last text's place": { kind: "io", make: (scratch) => Deno.mkdirSync(scratch.at("dest/y.txt")) },
-    "a file in a directory's place": { kind: "io", make: (scratch) => scratch.at("dest/new", "") },
-    "a symlink to the outside in a directory's place": {
-      kind: "io|unsafe",
-      make: (scratch) => Deno.symlinkSync("../outside", scratch.at("dest/new")),
-    },
-    "a symlink to nowhere in a directory's place": {
-      kind: "io|unsafe",
-      make: (scratch) => Deno.symlinkSync("../nowhere", scratch.at("dest/new")),
-    },
-  };
-  for (const [name, { kind, make }] of Object.entries(obstacles)) {
-    await t.step(name, async () => {
-      using scratch = new Scratch();
-      scratch.at("outside/b.whl", "outside");
-      scratch.at("dest/a.whl", "old");
-      scratch.at("dest/sub/c.whl", "old");
-      make(scratch);
-      const source = scratch.at("layer.tar", tarOf(names.map((name) => file(name, "new"))));
-      const before = snapshot(scratch.path);
-      await assertFails(fetchWheels(source, { dest: scratch.at("dest") }), kind);
-      assert.deepEqual(snapshot(scratch.path), before);
-    });
-  }
-});
-
-Deno.test("a symlink in DEST is replaced by a file of its name, not written through", async () => {
-  using scratch = new Scratch();
-  scratch.at("outside.whl", "outside");
-  Deno.mkdirSync(scratch.at("dest"));
-  Deno.symlinkSync("../outside.whl", scratch.at("dest/a.whl"));
-  await fetchWheels(scratch.at("layer.tar", tarOf(file("a.whl", "new"))), { dest: scratch.at("dest") });
-  assert.deepEqual(contents(scratch.at("dest")), { "a.whl": "new" });
-  assert.equal(Deno.readTextFileSync(scratch.at("outside.whl")), "outside");
-});
-
-Deno.test("DEST may be a symlink to a directory, and stays one", async () => {
-  using scratch = new Scratch();
-  Deno.mkdirSync(scratch.at("real"));
-  Deno.symlinkSync("real", scratch.at("dest"));
-  await fetchWheels(scratch.at("layer.tar", tarOf(file("a.whl"))), { dest: scratch.at("dest") });
-  assert.deepEqual(contents(scratch.at("real")), { "a.whl": "a.whl" });
-  assert.equal(Deno.readLinkSync(scratch.at("dest")), "real");
-});
-
-Deno.test("two runs to one DEST at the same time both succeed", async () => {
-  using scratch = new Scratch();
-  const [one, two] = ["one", "two"].map((name) => scratch.at(name, tarOf(file(`${name}.whl`), file("both"))));
-  const dest = scratch.at("new/dest");
-  await Promise.all([one, two].map((source) => fetchWheels(source ?? "", { dest })));
-  assert.deepEqual(Object.keys(contents(dest)).sort(), ["both", "one.whl", "two.whl"]);
-  assert.deepEqual([...Deno.readDirSync(scratch.at("new"))].map(({ name }) => name), ["dest"]);
-});
-
-Deno.test("an abort stops a download, with its own reason, and leaves nothing", async () => {
-  await using registry = startRegistry();
-  const reference = serveLayer(registry, gzip(tarOf(file("a.whl"))));
-  registry.faults = [{ kind: "stall", byte: 20 }];
-  using scratch = new Scratch();
-  const controller = new AbortController();
-  const reason = new Error("enough");
-  const onProgress = ({ type }: { type: string }) => type === "bytes" && controller.abort(reason);
-  for (const options of [{ signal: controller.signal, onProgress }, { signal: AbortSignal.abort(reason) }]) {
-    const fetching = fetchWheels(reference, { dest: scratch.at("new/dest"), ...options });
-    await assert.rejects(fetching, (error) => error === reason);
-    assert.deepEqual(snapshot(scratch.path), {});
-  }
-});
-
-Deno.test("what a killed run left is removed by the next one to that DEST", async (t) => {
-  await using registry = startRegistry();
-  const layer = gzip(await makeTar([{ name: "a.whl", data: randomBytes(1 << 20) }]));
-  const reference = serveLayer(registry, layer);
-  for (const dest of ["absent", "there"]) {
-    await t.step(`where DEST is ${dest}`, async () => {
-      registry.faults = [{ kind: "stall", byte: layer.length >> 1 }];
-      using scratch = new Scratch();
-      if (dest === "there") Deno.mkdirSync(scratch.at(dest));
-      const parent = dest === "there" ? scratch.at(dest) : scratch.path;
-      const args = ["run", ...PERMISSIONS, PROGRAM, "--protocol", "http", "-d", scratch.at(dest), reference];
-      const child = spawnDeno(args);
-      await waitFor(() => Object.keys(snapshot(parent)).some((path) => path.endsWith("a.whl")));
-      child.kill("SIGKILL");
-      await child.output();
-      const left = [...Deno.readDirSync(parent)].map(({ name }) => name);
-      assert(left.length === 1 && left[0]?.startsWith("."), left.join());
-      registry.faults = [];
-      await fetchWheels(reference, { dest: scratch.at(dest) });
-      const expected = dest === "there" ? ["there", "there/a.whl"] : ["absent", "absent/a.whl"];
-      assert.deepEqual(Object.keys(snapshot(scratch.path)), expected);
-    });
-  }
-});
-
-Deno.test("a living run's staging directory is left alone, a dead one's beside it is removed", async () => {
-  await using registry = startRegistry();
-  const layer = gzip(await makeTar([{ name: "a.whl", data: NOISE }]));
-  const reference = serveLayer(registry, layer);
-  for (const place of ["there", "absent"]) {
-    using scratch = new Scratch();
-    if (place === "there") Deno.mkdirSync(scratch.at(place));
-    const parent = place === "there" ? scratch.at(place) : scratch.path;
-    const hidden = () => [...Deno.readDirSync(parent)].map(({ name }) => name).filter((name) => name.startsWith("."));
-    registry.faults = [{ kind: "stall", byte: layer.length >> 1 }];
-    const start = async () => {
-      const before = hidden();
-      const child = spawnDeno([
-        "run",
-        ...PERMISSIONS,
-        PROGRAM,
-        "--protocol",
-        "http",
-        "-d",
-        scratch.at(place),
-        reference,
-      ]);
-      const fresh = () => hidden().find((name) => !before.includes(name)) ?? "none";
-      await waitFor(() => fresh() !== "none" && "new/a.whl" in snapshot(join(parent, fresh())));
-      return { child, staging: fresh() };
-    };
-    const [alive, dead] = [await start(), await start()];
-    dead.child.kill("SIGKILL");
-    await dead.child.output();
-    assert.deepEqual(hidden().toSorted(), [alive.staging, dead.staging].toSorted());
-    registry.faults = [];
-    await fetchWheels(reference, { dest: scratch.at(place), protocol: "http" });
-    assert.deepEqual(hidden(), [alive.staging]);
-    Deno.removeSync(scratch.at(`${place}/a.whl`));
-    registry.dropConnections();
-    const { code, stderr } = await alive.child.output();
-    assert.equal(code, 0, new TextDecoder().decode(stderr));
-    assert.deepEqual(Object.keys(snapshot(scratch.path)), [place, `${place}/a.whl`]);
-    assertSame(Deno.readFileSync(scratch.at(`${place}/a.whl`)), NOISE);
-  }
-});
-
-Deno.test("DEST that cannot be one is an error of the disk, before anything is asked for", async (t) => {
-  await using registry = startRegistry();
-  const reference = serveLayer(registry, gzip(await makeTar(GOOD)));
-  using scratch = new Scratch();
-  scratch.at("file", "file");
-  const before = snapshot(scratch.path);
-  for (const dest of ["file", "file/below"]) {
-    await t.step(dest, async () => {
-      const error = await assertFails(fetchWheels(reference, { dest: scratch.at(dest) }), "io");
-      assert(error.message.includes(scratch.path), error.message);
-      assert.deepEqual(snapshot(scratch.path), before);
-    });
-  }
-  assert.deepEqual(registry.requests, []);
-});
-
-const hasSetpriv = !isRoot || isInstalled("setpriv");
-
-Deno.test({
-  name: `a DEST that may not be written to is an error of the disk${hasSetpriv ? "" : " (needs setpriv)"}`,
-  ignore: !hasSetpriv,
-  async fn() {
-    using scratch = new Scratch();
-    const source = scratch.at("layer.tar", tarOf(file("a.whl")));
-    scratch.at("dest/old.whl", "old");
-    Deno.chmodSync(scratch.at("dest"), 0o555);
-    const before = snapshot(scratch.path);
-    // Modes do not bind root, unless it gives up that right.
-    const drop = "-dac_override,-dac_read_search";
-    const through = isRoot ? ["setpriv", "--bounding-set", drop, "--inh-caps", drop] : [];
-    for (const target of [["-d", scratch.at("dest")], ["-d", scratch.at("dest/new")], ["-o", scratch.at("dest/out")]]) {
-      const args = ["run", ...PERMISSIONS, PROGRAM, "--wheels-file", scratch.at("no/no"), ...target, source];
-      const { code, lines } = await runDeno(args, { through });
-      assert.equal(code, 8, lines.join("\n"));
-      assert.match(lines[0] ?? "", /permission denied/i);
-      assert.deepEqual(snapshot(scratch.path), before);
-    }
-  },
-});
-
-const canMount = isRoot && Deno.build.os === "linux" && tryMount();
-
-function tryMount(): boolean {
-  using scratch = new Scratch();
-  const isDone = new Deno.Command("mount", { args: ["-t", "tmpfs", "none", scratch.path] }).outputSync().success;
-  if (isDone) new Deno.Command("umount", { args: [scratch.path] }).outputSync();
-  return isDone;
-}
-
-Deno.test({
-  name: `a full disk is an error of the disk, and DEST stays as it was${canMount ? "" : " (needs root and mount)"}`,
-  ignore: !canMount,
-  async fn() {
-    using scratch = new Scratch();
-    const source = scratch.at("layer.tar", tarOf(file("a.whl"), file("b.whl", "x".repeat(2 << 20))));
-    const disk = scratch.at("disk");
-    Deno.mkdirSync(disk);
-    const mount = new Deno.Command("mount", { args: ["-t", "tmpfs", "-o", "size=1m", "none", disk] }).outputSync();
-    assert(mount.success);
-    try {
-      scratch.at("disk/there/a.whl", "old");
-      const before = snapshot(disk);
-      for (
-        const options of [{ dest: join(disk, "there") }, { dest: join(disk, "new") }, { output: join(disk, "out") }]
-      ) {
-        const { message } = await assertFails(fetchWheels(source, options), "io");
-        assert.match(message, /no space/);
-        assert.deepEqual(snapshot(disk), before);
-      }
-    } finally {
-      new Deno.Command("umount", { args: [disk] }).outputSync();
-    }
-  },
-});
-
-Deno.test("an output file receives the layer as it is, or nothing", async (t) => {
-  await using registry = startRegistry();
-  using scratch = new Scratch();
-  const output = scratch.at("out.tar.gz");
-  const layer = gzip(await makeTar(GOOD));
-
-  await t.step("broken, where nothing was", async () => {
-    await assertFails(fetchWheels(serveLayer(registry, layer, { size: 9 }), { output }), "integrity");
-    assert.deepEqual(snapshot(scratch.path), {});
-  });
-  await t.step("right", async () => {
-    const result = await fetchWheels(serveLayer(registry, layer), { output });
-    assert.deepEqual(contents(scratch.path), { "out.tar.gz": Deno.readTextFileSync(output) });
-    assert.deepEqual(Deno.readFileSync(output), layer);
-    assert.deepEqual([result.output, result.dest, result.files], [output, null, []]);
-  });
-  await t.step("broken, where something was", async () => {
-    const before = snapshot(scratch.path);
-    const digest = sha256(toBytes("other"));
-    await assertFails(fetchWheels(serveLayer(registry, layer, { digest }), { output }), "integrity");
-    assert.deepEqual(snapshot(scratch.path), before);
-  });
-  await t.step("no archive at all, which is not looked into", async () => {
-    await fetchWheels(serveLayer(registry, toBytes("plain text")), { output });
-    assert.equal(Deno.readTextFileSync(output), "plain text");
-  });
-  await t.step("through a symlink, which stays", async () => {
-    Deno.symlinkSync("out.tar.gz", scratch.at("link"));
-    await fetchWheels(serveLayer(registry, layer), { output: scratch.at("link") });
-    assert.equal(Deno.readLinkSync(scratch.at("link")), "out.tar.gz");
-    assert.deepEqual(Deno.readFileSync(output), layer);
-  });
-  await t.step("/dev/null, which stays what it is", async () => {
-    await fetchWheels(serveLayer(registry, layer), { output: "/dev/null" });
-    assert(Deno.statSync("/dev/null").isCharDevice);
-  });
-  await t.step("a directory, or a file in none, which is an error of the disk", async () => {
-    const before = snapshot(scratch.path);
-    for (const wrong of [scratch.path, scratch.at("none/out"), join(output, "out")]) {
-      await assertFails(fetchWheels(serveLayer(registry, layer), { output: wrong }), "io");
-      assert.deepEqual(snapshot(scratch.path), before);
-    }
-  });
-});
-
-Deno.test("an output may be a pipe, which is written to and not replaced", async (t) => {
-  const scripts = {
-    "of a name": 'mkfifo pipe; cat pipe > got & timeout -k 1 5 "$@" -o pipe && wait',
-    "of the shell": 'timeout -k 1 5 "$@" -o >(cat > got)',
-  };
-  for (const [name, script] of Object.entries(scripts)) {
-    await t.step(name, async () => {
-      using scratch = new Scratch();
-      const source = scratch.at("layer", "as it is");
-      const surroundings = { through: ["/bin/bash", "-c", script, "bash"], cwd: scratch.path };
-      const { code, lines } = await runDeno(["run", ...PERMISSIONS, PROGRAM, source], surroundings);
-      assert.equal(code, 0, lines.join("\n"));
-      await waitFor(() => Deno.readTextFileSync(scratch.at("got")) === "as it is");
-    });
-  }
-});
-
-// ---------------------------------------------------------------------------------------------------------------------
-// 9 Sources
-// ---------------------------------------------------------------------------------------------------------------------
-
-Deno.test("a source may be a URL of a tarball, whose secrets are told to its own server only", async (t) => {
+Deno.test("a URL's password and query are sent to its own server only, and never printed", async (t) => {
   const seen: { port: number; authorization: string | null }[] = [];
   const layer = gzip(await makeTar(GOOD));
   const serve = (handler: (url: URL) => Response) =>
@@ -3031,16 +2945,44 @@ Deno.test("a source may be a URL of a tarball, whose secrets are told to its own
       assert.deepEqual(snapshot(scratch.path), {});
     });
   }
-  await t.step("a URL's result names no image", async () => {
+  await t.step("the result names no image", async () => {
     using scratch = new Scratch();
-    const { image, manifest, layer: info, platform } = await fetchWheels(at("/layer.tar.gz"), {
+    const { image, manifest, layers, platform } = await fetchWheels(at("/layer.tar.gz"), {
       dest: scratch.at("d"),
     });
-    assert.deepEqual([image, manifest, info, platform], [null, null, null, null]);
+    assert.deepEqual([image, manifest, layers, platform], [null, null, [], null]);
   });
 });
 
-Deno.test("a URL that is none, or none that can be used, is an error of usage that tells no secret", async (t) => {
+Deno.test("a URL is resumed only with a strong validator that still holds", async (t) => {
+  const size = NOISE.length;
+  const rest = (first: number, etag?: string) =>
+    part(first, size, { "content-range": `bytes ${first}-${size - 1}/${size}`, ...etag && { etag } });
+  const table: Record<string, { etag?: string; second: (first: number) => Response; words?: RegExp }> = {
+    "a range": { etag: '"a"', second: (first) => rest(first, '"a"') },
+    "a range without a validator": { etag: '"a"', second: (first) => rest(first) },
+    "everything, unchanged": { etag: '"a"', second: () => part(0, size, { etag: '"a"' }) },
+    "everything, changed": { etag: '"a"', second: () => part(0, size, { etag: '"b"' }), words: /changed/ },
+    "everything, without a validator": { etag: '"a"', second: () => part(0, size), words: /changed/ },
+    "a range of something else": { etag: '"a"', second: (first) => rest(first, '"b"'), words: /changed/ },
+    "a weak validator": { etag: 'W/"a"', second: (first) => rest(first), words: /connection lost/ },
+    "no validator": { second: (first) => rest(first), words: /connection lost/ },
+  };
+  await steps(t, table, async ({ etag, second, words }) => {
+    const asked: (string | null)[] = [];
+    await using server = Deno.serve({ port: 0, hostname: "127.0.0.1", onListen: () => {} }, (request) => {
+      asked.push(request.headers.get("if-range"));
+      if (asked.length > 1) return second(limits(request.headers.get("range") ?? "")[0]);
+      return part(0, 60_000, { "content-length": `${size}`, ...etag && { etag } });
+    });
+    const source = `http://127.0.0.1:${server.addr.port}/wheels.tar`;
+    if (words !== undefined) return void await assertFails(() => pull(source), "network", words);
+    assertSame((await pull(source)).tarball, NOISE);
+    assert.deepEqual(asked, [null, etag]);
+  });
+});
+
+Deno.test("an invalid URL is a usage error that prints no secret", async (t) => {
   for (
     const url of ["http://user:S3CRET@ho st/x?S3CRET", "https://user:S3CRET@[::1/x", "http://us%er:S3CRET@127.0.0.1/x"]
   ) {
@@ -3054,19 +2996,18 @@ Deno.test("a URL that is none, or none that can be used, is an error of usage th
   }
 });
 
-Deno.test("a source may be a path that begins with / or ./", async () => {
+Deno.test("a path that begins with / or ./ is a tarball", async () => {
   using scratch = new Scratch();
   const path = scratch.at("layer.tar.gz", gzip(await makeTar(GOOD)));
   const { files } = await fetchWheels(path, { dest: scratch.at("dest") });
   assert.equal(files.length, 2);
   assert.deepEqual(contents(scratch.at("dest")), GOOD_CONTENTS);
-  const args = ["run", ...PERMISSIONS, PROGRAM, "-q", "-d", "relative", "./layer.tar.gz"];
-  const { code, stderr } = await runDeno(args, { cwd: scratch.path });
+  const { code, stderr } = await runProgram(["-q", "-d", "relative", "./layer.tar.gz"], { cwd: scratch.path });
   assert.deepEqual([code, stderr], [0, ""]);
   assert.deepEqual(contents(scratch.at("relative")), GOOD_CONTENTS);
 });
 
-Deno.test("a path where nothing is is not found; one of a directory is an error of the disk", async () => {
+Deno.test("a missing file is not found, and a directory is an io error", async () => {
   using scratch = new Scratch();
   await assertRefused(scratch.at("none.tar"), "not-found");
   await assertRefused(scratch.path, "io");
@@ -3078,7 +3019,7 @@ function membersOf(dir: string): TarMember[] {
     .map(([path]) => ({ name: path, data: Deno.readFileSync(join(dir, path)) }));
 }
 
-Deno.test("an OCI layout, as a directory or an archive, is resolved and verified as a registry is", async (t) => {
+Deno.test("an OCI layout, as a directory or an archive, is resolved and verified as from a registry", async (t) => {
   using scratch = new Scratch();
   const images = [await makeWheelsImage("amd64"), await makeWheelsImage("arm64")] as const;
   const index = makeIndex(images.map(({ descriptor }) => descriptor));
@@ -3090,10 +3031,11 @@ Deno.test("an OCI layout, as a directory or an archive, is resolved and verified
         const dest = scratch.at(`${source.slice(0, 5)}/${tag}/${architecture}`);
         const result = await fetchWheels(`${source}:${tag}`, { dest, platform: `linux/${architecture}` });
         assert.deepEqual(Object.keys(contents(dest)), [`for_${architecture}-1.0-py3-none-any.whl`]);
-        assert.deepEqual([result.layer?.index, result.layer?.count], [2, 2]);
+        assert.deepEqual([result.layers[0]?.index, result.layers[0]?.count], [2, 2]);
       }
       await assertRefused(`${source}:none`, "not-found");
-      assert.match((await assertFails(fetchWheels(source), "not-found")).message, /single, multi$/);
+      const { resolved } = await fetchWheels(source, { dryRun: true }); // `single` is part of `multi`
+      assert.equal(resolved?.digest, index.digest);
       await assertRefused(`${source}:multi`, "not-found", { platform: "linux/s390x" });
     });
   }
@@ -3103,11 +3045,14 @@ Deno.test("an OCI layout, as a directory or an archive, is resolved and verified
     Deno.writeFileSync(blob, gzip(await makeTar(GOOD)));
     await assertRefused(`${layout}:single`, "integrity");
   });
+  using other = new Scratch();
+  const two = writeLayout(other, [...images], { one: images[0], two: images[1] });
+  await assertFails(fetchWheels(two), "not-found", /one, two$/);
   await assertRefused(`oci:${scratch.at("nowhere")}`, "not-found");
   await assertRefused(`oci-archive:${scratch.at("layout")}`, "not-found");
 });
 
-Deno.test("an archive of docker save is verified by the digests of its configuration", async (t) => {
+Deno.test("a docker save archive is verified by the digests of its configuration", async (t) => {
   using scratch = new Scratch();
   const [base, top] = [await makeTar([{ name: "base.txt", data: "base" }]), await makeTar(GOOD)];
   const rootfs = { type: "layers", diff_ids: [sha256(base), sha256(top)] };
@@ -3126,10 +3071,10 @@ Deno.test("an archive of docker save is verified by the digests of its configura
   const options = { platform: "linux/arm64", dest: scratch.at("dest") };
   const source = `docker-archive:${scratch.at("good.tar", await archive())}`;
   await t.step("the final layer, of an archive as it is or compressed", async () => {
-    const { platform, layer } = await fetchWheels(source, options);
+    const { platform, layers: [layer] } = await fetchWheels(source, options);
     assert.deepEqual([platform, layer?.digest, contents(options.dest)], ["linux/arm64", sha256(top), GOOD_CONTENTS]);
     const compressed = scratch.at("good.tar.gz", gzip(await archive()));
-    await fetchWheels(`docker-archive:${compressed}`, { ...options, layer: "1", dest: scratch.at("base") });
+    await fetchWheels(`docker-archive:${compressed}`, { ...options, layers: ["1"], dest: scratch.at("base") });
     assert.deepEqual(contents(scratch.at("base")), { "base.txt": "base" });
   });
   const table: [name: string, archive: Uint8Array, kind: string, platform?: string][] = [
@@ -3149,146 +3094,3354 @@ Deno.test("an archive of docker save is verified by the digests of its configura
   }
 });
 
-// ---------------------------------------------------------------------------------------------------------------------
-// 10 Command line
-// ---------------------------------------------------------------------------------------------------------------------
+/** Pseudo-random numbers, which are the same for the same seed (mulberry32). */
+class RandomNumbers {
+  #state: number;
 
-Deno.test("--help goes to stdout, fits 80 columns, and names what there is and no more", async () => {
-  for (const flag of ["--help", "-h"]) {
-    const { code, stdout, stderr } = await run([flag]);
-    assert.deepEqual([code, stderr], [0, ""]);
-    assert(stdout.endsWith("\n") && !stdout.includes("\x1b"));
-    for (const line of stdout.split("\n")) assert(line.length <= 80, line);
-    const options =
-      "dest output platform protocol insecure ca-file username password-stdin retries timeout wheels-file " +
-      "quiet verbose version help";
-    for (const name of options.split(" ")) assert(stdout.includes(`--${name}`), name);
-    const variables = "WHEELS WHEELS_DIR WHEELS_DEST REGISTRY_PROTOCOL REGISTRY_INSECURE REGISTRY_CA_FILE " +
-      "REGISTRY_USERNAME REGISTRY_PASSWORD";
-    for (const name of variables.split(" ")) assert.match(stdout, new RegExp(`\\b${name}\\b`));
-    assert(stdout.includes("/tmp/wheels") && stdout.includes("/opt/loci/wheels"));
-    const unknown = (await run(["--no-such-option"])).lines[0] ?? "";
-    for (const [name] of stdout.matchAll(/--[a-z][a-z-]+/g)) {
-      assert.notEqual((await run([name])).lines[0], unknown.replace("--no-such-option", name));
+  constructor(seed: number) {
+    this.#state = seed | 0;
+  }
+
+  below(limit: number): number {
+    this.#state = (this.#state + 0x6d2b79f5) | 0;
+    let mixed = Math.imul(this.#state ^ (this.#state >>> 15), this.#state | 1);
+    mixed ^= mixed + Math.imul(mixed ^ (mixed >>> 7), mixed | 61);
+    return Math.floor(((mixed ^ (mixed >>> 14)) >>> 0) / 2 ** 32 * limit);
+  }
+
+  pick<T>(choices: readonly T[]): T {
+    return choices[this.below(choices.length)] as T;
+  }
+}
+
+/** Where faults occur: the places that answer with the manifest, a token, the blob or a redirect to it. */
+type Place = "manifests" | "token" | "blobs" | "storage";
+
+/** Faults of a place's first requests, and of all further ones. */
+type Faults = Partial<Record<Place, { first: Fault[][]; then: Fault[] }>>;
+
+/** One download: what serves it, which faults occur, and how it must end (`right`, `cancelled`, or kinds of a failure). */
+interface Plan {
+  isLarge: boolean;
+  isSchema1: boolean;
+  auth: "none" | "bearer";
+  storage: false | { signed: boolean; uses?: number };
+  exists: boolean;
+  /** Bytes per second of each connection. */
+  rate: number;
+  connections: number;
+  faults: Faults;
+  mirror?: Faults;
+  cache?: "empty" | "entry" | "wrong entry" | "part" | "wrong part";
+  /** Number of bytes after which the download is cancelled. */
+  cancelAt?: number;
+  ending: string;
+}
+
+function drawPlan(random: RandomNumbers, isLarge: boolean): Plan {
+  const isSchema1 = !isLarge && random.below(5) === 0;
+  const auth = random.pick(["none", "bearer"] as const);
+  const storage = random.pick([false, false, { signed: false }, { signed: true }, { signed: true, uses: 2 }] as const);
+  const shared = {
+    isLarge,
+    isSchema1,
+    auth,
+    storage,
+    exists: random.below(2) === 0,
+    rate: random.pick([4e6, 20e6, 400e6]),
+    connections: random.pick([1, 2, 4, 16]),
+  };
+  const at = () => random.below(isLarge ? 6 << 20 : NOISE.length);
+  const refusals = ["1", "880\xb5s", "Thu, 01 Jan 1970 00:00:00 GMT"];
+  const status = (code: number): Fault => ({ kind: "status", code, headers: { "retry-after": random.pick(refusals) } });
+  const anywhere = (): Fault =>
+    random.below(3) === 0 ? { kind: "reset" } : status(random.pick([408, 429, 500, 502, 503, 504]));
+  const early: (() => Fault)[] = [
+    anywhere,
+    () => ({ kind: "dieAt", byte: random.below(40) }),
+    () => ({ kind: "stall", byte: 9 }),
+  ];
+  const inBlob: (() => Fault)[] = [
+    anywhere,
+    () => ({ kind: "dieAt", byte: at() }),
+    () => ({ kind: "dieAt", byte: at() }),
+    () => ({ kind: "stall", byte: at() }),
+    () => ({ kind: "trickle", bytesPerSecond: isLarge ? 200 << 20 : 2 << 20 }),
+    () => ({ kind: "wrongRange", shift: random.pick([-1, 1, 99]) }),
+    () => ({ kind: "wrongRange", shift: 0, total: at() }),
+    () => ({ kind: "ignoreRange" }),
+    () => ({ kind: "status", code: random.pick([400, 416]) }),
+    // Without a size, an answer that ends well is whole; and a length that comes twice is what the registry has.
+    ...(isSchema1 ? [] : [(): Fault => ({ kind: "short", byte: at(), chunked: random.below(2) === 0 })]),
+  ];
+  const several = (least: number, draw: (() => Fault)[]) =>
+    Array.from(
+      { length: least + random.below(3) },
+      () => Array.from({ length: 1 + random.below(2) }, () => random.pick(draw)()),
+    )
+      // 400 and 416 are answers to a range; a registry that gives them to a plain GET means it.
+      .map((faults) => faults.filter((fault) => fault.kind !== "status" || ![400, 416].includes(fault.code)));
+  const passing = (): Faults => {
+    const body = { first: several(1, inBlob), then: [] };
+    const expired: Fault = storage ? { kind: "expiredSignature" } : { kind: "expiredToken" };
+    if (random.below(3) === 0 && (storage || auth === "bearer")) body.first[random.below(2)] = [expired];
+    return {
+      manifests: { first: several(0, early), then: [] },
+      token: { first: several(0, [anywhere]), then: [] },
+      blobs: storage ? { first: several(0, [anywhere]), then: [] } : body,
+      ...(storage && { storage: body }),
+    };
+  };
+  const lasting = (then: Fault[]): Faults => {
+    const faults = passing();
+    const place = storage ? "storage" : "blobs";
+    const first: Fault[][] = random.pick([[], [[{ kind: "dieAt", byte: at() }]]]);
+    return { ...faults, [place]: { first, then } };
+  };
+  const byte = random.below(isLarge ? largeLayer().bytes.length : NOISE.length);
+  const endings: (() => Pick<Plan, "faults" | "ending">)[] = [
+    () => ({ faults: lasting([{ kind: "reset" }]), ending: "network" }),
+    () => ({ faults: lasting([{ kind: "dieAt", byte: 0 }]), ending: "network" }),
+    () => ({ faults: lasting([status(503)]), ending: "network" }),
+    () => ({
+      faults: lasting([{ kind: "status", code: 429, headers: { "retry-after": "3600" } }]),
+      ending: "network",
+    }),
+    () => ({ faults: lasting([{ kind: "short", byte: 0 }]), ending: "integrity|network" }),
+    () => ({ faults: lasting([{ kind: "wrongRange", shift: 7, claim: "asked" }]), ending: "right|integrity" }),
+    () => ({ faults: { manifests: { first: [], then: [{ kind: "status", code: 404 }] } }, ending: "not-found" }),
+    () => ({ faults: { manifests: { first: [], then: [{ kind: "status", code: 403 }] } }, ending: "auth" }),
+    ...(storage ? [() => ({ faults: lasting([{ kind: "expiredSignature" }]), ending: "auth|network" })] : []),
+    ...(auth === "bearer"
+      ? [() => ({ faults: { manifests: { first: [], then: [{ kind: "expiredToken" as const }] } }, ending: "auth" })]
+      : []),
+  ];
+  switch (random.below(9)) {
+    case 0:
+    case 1:
+      return { ...shared, ...random.pick(endings)() };
+    case 2: {
+      const faults = passing();
+      for (const place of ["blobs", "storage"] as const) {
+        const { first, then } = faults[place] ?? { first: [], then: [] };
+        const flip: Fault = { kind: "flipBit", byte };
+        faults[place] = { first: first.map((faults) => [...faults, flip]), then: [...then, flip] };
+      }
+      return { ...shared, faults, ending: "integrity" };
+    }
+    case 3: {
+      const bad: Fault[] = [{ kind: "flipBit", byte }, { kind: "reset" }, { kind: "dieAt", byte: at() }, status(429)];
+      const mirror = {
+        blobs: { first: several(1, inBlob), then: [random.pick(bad)] },
+        manifests: { first: several(0, early), then: [] },
+      };
+      return { ...shared, faults: passing(), mirror, ending: "right" };
+    }
+    case 4:
+    case 5: {
+      const cache = random.pick(["empty", "entry", "wrong entry", "part", "wrong part"] as const);
+      return { ...shared, faults: passing(), cache, ending: "right" };
+    }
+    case 6:
+      return { ...shared, faults: passing(), cancelAt: at(), ending: "right|cancelled" };
+    default:
+      return { ...shared, faults: passing(), ending: "right" };
+  }
+}
+
+const placeOf = ({ origin, path }: RequestContext): Place =>
+  origin === "registry" ? path.includes("/blobs/") ? "blobs" : "manifests" : origin;
+
+async function runPlan(plan: Plan, layer: { bytes: Uint8Array<ArrayBuffer>; digest: string }): Promise<string> {
+  const { isSchema1, isLarge, auth, storage, exists, faults, mirror, cache, connections, rate, cancelAt } = plan;
+  using scratch = new Scratch();
+  using kept = new Scratch();
+  const serve = (options: RegistryOptions, faults: Faults) => {
+    const registry = startRegistry(options);
+    if (isSchema1) registry.pushImage("ns/wheels", "1.0", makeSchema1({ ...SCHEMA1_FIELDS, layers: [layer.bytes] }));
+    else serveLayer(registry, layer.bytes, { digest: layer.digest });
+    registry.faults = (context) => {
+      const { first, then } = faults[placeOf(context)] ?? { first: [], then: [] };
+      return first[context.count - 1] ?? then;
+    };
+    return registry;
+  };
+  await using registry = serve({ auth, storage }, faults);
+  await using second = serve({}, mirror ?? {});
+  const dest = scratch.at("dest");
+  if (exists) scratch.at("dest/old.whl", "old");
+  const before = snapshot(scratch.path);
+  const entry = `blobs/${layer.digest.replace(":", "/")}`;
+  const broken = layer.bytes.slice(0, isLarge ? 9 << 20 : 70_000);
+  if (cache?.startsWith("wrong")) broken[broken.length >> 1] = (broken[broken.length >> 1] ?? 0) ^ 1;
+  if (cache !== undefined && cache !== "empty") {
+    kept.at(cache.endsWith("part") ? `${entry}.part` : entry, cache === "entry" ? layer.bytes : broken);
+  }
+  const controller = new AbortController();
+  const { now, fetch } = simulateLink({ perConnection: rate });
+  const options: FetchWheelsOptions = {
+    ...{ dest, connections, protocol: "http", retries: 9, timeout: isLarge ? 0.5 : 0.15, now, fetch } as const,
+    delay: () => Promise.resolve(),
+    mirrors: mirror && [second.url],
+    cache: cache && kept.path,
+    signal: controller.signal,
+    onProgress(event) {
+      if (event.type === "bytes" && event.received >= (cancelAt ?? Infinity)) controller.abort("cancelled");
+    },
+  };
+  const ending = await fetchWheels(`${registry.host}/ns/wheels:1.0`, options).then(() => "right", (error) => {
+    if (error === "cancelled") return error;
+    assert(error instanceof FetchWheelsError, `not a FetchWheelsError: ${error?.stack ?? error}`);
+    return `${error.kind}: ${error.message}`;
+  });
+  const after = snapshot(scratch.path);
+  const expected = {
+    "dest": "directory 755",
+    "dest/big.whl": `file 644 ${isLarge ? largeLayer().wheel : sha256(NOISE)}`,
+  };
+  assert.deepEqual(after, ending === "right" ? { ...before, ...expected } : before);
+  if (cache && ending === "right") assert.equal(sha256(Deno.readFileSync(kept.at(entry))), layer.digest);
+  return ending;
+}
+
+Deno.test({
+  name: "downloads with random faults succeed, or fail as they should and leave nothing",
+  // Deno leaks the body of an answer that arrives in the moment in which its fetch is aborted.
+  sanitizeResources: false,
+  async fn() {
+    const seed = Number(Deno.env.get("FETCH_WHEELS_SEED") ?? randomBytes(4).readUInt32LE());
+    console.log(`FETCH_WHEELS_SEED=${seed} repeats the faults`);
+    const tar = rawTar(rawHeader({ name: "big.whl", size: NOISE.length }), NOISE);
+    const layers = [tar, gzip(tar)].map((bytes) => ({ bytes, digest: sha256(bytes) }));
+    const failures: string[] = [];
+    const runs = Array.from({ length: Number(Deno.env.get("FETCH_WHEELS_RUNS") ?? 300) }, (_, at) => async () => {
+      const plan = drawPlan(new RandomNumbers(seed + at), at % 15 === 0);
+      const layer = plan.isLarge ? largeLayer() : layers[at % 2] ?? assert.fail();
+      const ending = await runPlan(plan, layer).catch((error) => `wrong: ${error.stack}`);
+      if (!plan.ending.split("|").includes(ending.split(":")[0] ?? "")) {
+        failures.push(`${at}: ${ending} ${JSON.stringify(plan)}`);
+      }
+    });
+    const work = async () => {
+      for (let next = runs.shift(); next !== undefined; next = runs.shift()) await next();
+    };
+    await Promise.all(Array.from({ length: 12 }, work));
+    assert.equal(failures.join("\n"), "", `with FETCH_WHEELS_SEED=${seed}`);
+  },
+});
+
+Deno.test("a layer is decompressed by what its bytes say, whatever its media type claims", async (t) => {
+  const tar = await makeTar(GOOD);
+  const layers = {
+    "gzip": gzip(tar),
+    "gzip of several members": gzipMembers(tar.subarray(0, 700), tar.subarray(700, 701), tar.subarray(701)),
+    "gzip and zeros behind it": concat(gzip(tar), new Uint8Array(2000)),
+    "zstd": zstd(tar),
+    "zstd of several frames": concat(zstd(tar.subarray(0, 700)), zstd(tar.subarray(700))),
+    "zstd and a frame to be skipped, as in zstd:chunked": concat(zstd(tar), "\x50\x2a\x4d\x18\x04\0\0\0skip"),
+    "plain": tar,
+  };
+  await using registry = startRegistry();
+  for (const [name, layer] of Object.entries(layers)) {
+    for (const mediaType of [MEDIA.ociLayer, MEDIA.ociLayerGzip, MEDIA.ociLayerZstd, MEDIA.dockerLayer]) {
+      await t.step(`${name} as ${mediaType}`, async () => {
+        using scratch = new Scratch();
+        const dest = scratch.at("dest");
+        const result = await fetchWheels(serveLayer(registry, layer, { mediaType }), { dest });
+        assert.deepEqual(contents(dest), GOOD_CONTENTS);
+        const expected = { digest: sha256(layer), size: layer.length, mediaType, index: 1, count: 1 };
+        assert.deepEqual(result.layers, [expected]);
+        assert.equal(result.bytes, layer.length);
+        assert.deepEqual(result.files.toSorted((a, b) => a.path < b.path ? -1 : 1), [
+          { path: "a.whl", size: 5, digest: null },
+          { path: "sub/b.txt", size: 4, digest: null },
+        ]);
+      });
     }
   }
 });
 
-Deno.test("--version is that of deno.json, and goes to stdout", async () => {
-  for (const flag of ["--version", "-V"]) {
-    const { code, stdout, stderr } = await run([flag]);
-    assert.deepEqual([code, stdout, stderr], [0, `fetch_wheels ${denoJson.version}\n`, ""]);
+Deno.test("a layer may be named by its sha512", async () => {
+  await using registry = startRegistry();
+  using scratch = new Scratch();
+  const layer = gzip(await makeTar(GOOD));
+  const reference = serveLayer(registry, layer, { digest: sha512(layer) });
+  const { layers: [info] } = await fetchWheels(reference, { dest: scratch.at("dest") });
+  assert.equal(info?.digest, sha512(layer));
+  assert.deepEqual(contents(scratch.at("dest")), GOOD_CONTENTS);
+});
+
+Deno.test("a layer that is not what its descriptor says is refused, and DEST stays as it was", async (t) => {
+  const tar = await makeTar(GOOD);
+  const layer = gzip(tar);
+  const other = toBytes("other");
+  const flipped = layer.slice();
+  flipped[30] = (flipped[30] ?? 0) ^ 0xff;
+  const cases: Record<string, [Uint8Array<ArrayBuffer>, Parameters<typeof serveLayer>[2]?]> = {
+    "wrong sha256": [layer, { digest: sha256(other) }],
+    "wrong sha512": [layer, { digest: sha512(other) }],
+    "wrong digest of a plain archive": [tar, { digest: sha256(other) }],
+    "wrong digest of a zstd archive": [zstd(tar), { digest: sha256(other) }],
+    "a byte less than said": [layer, { size: layer.length + 1 }],
+    "a byte more than said": [layer, { size: layer.length - 1 }],
+    "bytes behind the end that the digest does not cover": [concat(layer, new Uint8Array(9)), {
+      digest: sha256(layer),
+    }],
+    "gzip cut in its header": [layer.slice(0, 5)],
+    "gzip cut in its data": [layer.slice(0, layer.length >> 1)],
+    "gzip cut in its trailer": [layer.slice(0, -3)],
+    "gzip without its second member": [gzip(tar.subarray(0, 700))],
+    "gzip cut in its second member": [concat(gzip(tar.subarray(0, 700)), gzip(tar.subarray(700)).subarray(0, -20))],
+    "gzip with a flipped bit": [flipped],
+    "gzip with a wrong checksum": [concat(layer.subarray(0, -8), new Uint8Array(4), layer.subarray(-4))],
+    "gzip of nothing": [gzip(new Uint8Array())],
+    "zstd cut": [zstd(tar).slice(0, -3)],
+    "plain archive cut": [tar.slice(0, 600)],
+    "empty": [new Uint8Array()],
+  };
+  await using registry = startRegistry();
+  for (const [name, [bytes, said]] of Object.entries(cases)) {
+    await t.step(name, () => assertRefused(serveLayer(registry, bytes, said), "integrity"));
   }
 });
 
-Deno.test("errors of usage exit with 2 and say in two lines what is wrong and what to do", async (t) => {
-  const cases: { args: string[]; env?: Record<string, string>; says: RegExp }[] = [
-    { args: [], says: /no source/ },
-    { args: ["--dset", "x", "ns/name"], says: /--dset.*\n.*--dest\b/ },
-    { args: ["--no-such-option", "ns/name"], says: /--no-such-option/ },
-    { args: ["-x", "ns/name"], says: /-x/ },
-    { args: ["ns/name", "ns/other"], says: /argument/ },
-    { args: ["ns/name", "--dest"], says: /--dest/ },
-    { args: ["--protocol", "ftp", "ns/name"], says: /ftp.*\n?.*https/ },
-    { args: ["ns/name"], env: { REGISTRY_PROTOCOL: "ftp" }, says: /REGISTRY_PROTOCOL.*ftp/ },
-    { args: ["--retries", "many", "ns/name"], says: /many/ },
-    { args: ["--retries", "-1", "ns/name"], says: /-1/ },
-    { args: ["--timeout", "0", "ns/name"], says: /timeout/ },
-    { args: ["--timeout", "soon", "ns/name"], says: /soon/ },
-    { args: ["--platform", "linux", "ns/name"], says: /"linux"/ },
-    { args: ["--platform", "", "ns/name"], says: /platform/ },
-    { args: ["--password-stdin", "ns/name"], says: /user name/ },
-    { args: ["--username", "u", "ns/name"], says: /password/ },
-    { args: ["ns/name"], env: { REGISTRY_PASSWORD: "S3CRET" }, says: /user name/ },
-    { args: ["--username", "u:v", "ns/name"], env: { REGISTRY_PASSWORD: "S3CRET" }, says: /u:v/ },
-    { args: [""], says: /""/ },
-    { args: ["registry.example/Upper/case"], says: /Upper/ },
-    { args: ["ns/name:bad tag"], says: /bad tag/ },
-    { args: ["ns/name@sha256:123"], says: /sha256:123/ },
-    { args: [], env: { WHEELS: "ns/name:bad\ntag" }, says: /bad/ },
+Deno.test({
+  name: "a layer of 320 MiB needs less than 200 MiB of memory, on one connection or several",
+  ignore: Deno.build.os !== "linux",
+  async fn(t) {
+    // One member of gzip that holds a whole block of noise, stored, and is sent again and again.
+    const count = 320;
+    const size = 1 << 20;
+    const header = gzip(rawHeader({ name: "big.whl", size: count * size }));
+    const block = gzipStored(new Uint8Array(randomBytes(size)));
+    const end = gzip(new Uint8Array(1024));
+    const parts = [header, ...Array<Uint8Array>(count).fill(block), end];
+    const hash = createHash("sha256");
+    for (const part of parts) hash.update(part);
+    const digest = `sha256:${hash.digest("hex")}`;
+    const total = header.length + count * block.length + end.length;
+    const between = function* (first: number, last: number) {
+      let at = 0;
+      for (const part of parts) {
+        if (at <= last && at + part.length > first) yield part.subarray(Math.max(0, first - at), last + 1 - at);
+        at += part.length;
+      }
+    };
+    for (const connections of [1, 4]) {
+      await t.step(`connections: ${connections}`, async () => {
+        await using registry = startRegistry({
+          onRequest: (request, { path }) => {
+            if (!path.includes(digest)) return undefined;
+            const range = request.headers.get("range");
+            const [first, last] = range === null ? [0, total - 1] : limits(range);
+            const said = {
+              "accept-ranges": "bytes",
+              "content-length": `${last + 1 - first}`,
+              "content-range": `bytes ${first}-${last}/${total}`,
+            };
+            const status = range === null ? 200 : 206;
+            return new Response(ReadableStream.from(between(first, last)), { status, headers: said });
+          },
+        });
+        const reference = serveLayer(registry, toBytes(""), { digest, size: total });
+        using scratch = new Scratch();
+        const workerUrl = new URL("fetch_wheels.ts", import.meta.url).href; // as the command line has it
+        const options = JSON.stringify({ dest: scratch.at("dest"), connections, workerUrl });
+        const clock = "now: () => performance.now() * 50"; // as if the link were slow
+        const script = `import { fetchWheels } from ${JSON.stringify(workerUrl)};
+          const { files } = await fetchWheels(${JSON.stringify(reference)}, { ...${options}, ${clock} });
+          const [, peak] = /VmHWM:\\s*(\\d+) kB/.exec(Deno.readTextFileSync("/proc/self/status"));
+          console.log(JSON.stringify({ files, peak: Number(peak) }));`;
+        const { code, stdout, stderr } = await runDeno(["eval", script]);
+        assert.equal(code, 0, stderr);
+        const { files, peak } = JSON.parse(stdout);
+        assert.deepEqual(files, [{ path: "big.whl", size: count * size, digest: null }]);
+        assert.equal(askedRanges(registry).length > 1, connections > 1);
+        assert(peak > 10 * 1024 && peak < 200 * 1024, `a peak of ${peak} KiB`);
+      });
+    }
+  },
+});
+
+/** gzip that does not compress, so that as many bytes come in as go out. */
+function gzipStored(bytes: Uint8Array): Uint8Array {
+  const [head, tail] = [gzip(bytes).subarray(0, 10), gzip(bytes).subarray(-8)];
+  return concat(head, deflateRawSync(bytes, { level: 0 }), tail);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 6 Manifest
+// ---------------------------------------------------------------------------------------------------------------------
+
+const SBOM = "application/spdx+json";
+
+/** Returns an entry of an index from its platform and its artifact type; `~` before them marks an attestation. */
+function entryOf(text: string): Descriptor {
+  const [platform = "", artifactType] = text.replace("~", "").split(" ");
+  const [os = "", architecture = "", variant] = platform.split("/");
+  return {
+    digest: `sha256:${HEX}`,
+    ...platform !== "" && { platform: { os, architecture, ...variant && { variant } } },
+    ...artifactType !== undefined && { artifactType },
+    ...text.startsWith("~") && { annotations: { "vnd.docker.reference.type": "attestation-manifest" } },
+  };
+}
+
+Deno.test("selectManifest() follows containerd's rule for levels, and skips what is not an image", () => {
+  // deno-fmt-ignore
+  const table: [platform: string, entries: string[], expected: number | undefined][] = [
+    ["linux/amd64", ["linux/arm64", "linux/amd64"], 1],
+    ["linux/amd64", ["windows/amd64", "linux/amd64"], 1],
+    ["linux/amd64", ["linux/386", "windows/amd64"], undefined],
+    ["linux/amd64", ["linux/constructor", "linux/amd64"], 1],
+    ["linux/amd64", [], undefined],
+    ["linux/amd64", [""], 0],
+    ["linux/amd64", ["", ""], undefined],
+    ["linux/amd64", ["", "linux/arm64"], undefined],
+    ["linux/amd64", ["unknown/unknown", ""], 1],
+    ["linux/amd64", ["~unknown/unknown", ""], 1],
+    ["linux/amd64", ["~unknown/unknown"], undefined],
+    ["linux/amd64", ["~linux/amd64", "linux/amd64"], 1],
+    ["linux/amd64", ["LINUX/X86_64"], 0],
+    ["linux/amd64", ["linux/arm64", "Linux/AMD64"], 1],
+    ["linux/arm64", ["linux/AArch64"], 0],
+    ["linux/arm/v7", ["linux/ARM/V7"], 0],
+    ["linux/amd64", ["linux/amd64/v3", "linux/amd64"], 1],
+    ["linux/amd64", ["linux/amd64/v3", "linux/amd64/v2"], undefined],
+    ["linux/amd64", ["linux/amd64/v3", "linux/amd64/v1"], 1],
+    ["linux/amd64", ["linux/amd64/v1", "linux/amd64"], 0],
+    ["linux/amd64/v2", ["linux/amd64", "linux/amd64/v2"], 1],
+    ["linux/amd64/v3", ["linux/amd64", "linux/amd64/v2"], undefined],
+    ["linux/arm64", ["linux/arm64/v8", "linux/arm64"], 0],
+    ["linux/arm64/v8", ["linux/arm64", "linux/arm64/v8"], 0],
+    ["linux/arm64", ["linux/arm64/v9"], undefined],
+    ["linux/arm64", ["linux/arm/v7", "linux/arm"], undefined],
+    ["linux/arm/v7", ["linux/arm/v6", "linux/arm/v7"], 1],
+    ["linux/arm/v7", ["linux/arm"], 0],
+    ["linux/arm/v6", ["linux/arm", "linux/arm/v7"], undefined],
+    ["linux/armhf", ["linux/arm/v6", "linux/arm/v7"], 1],
+    ["linux/arm", ["linux/arm/v8", "linux/arm/v6"], 1],
+    ["linux/arm", ["linux/arm/v5", "linux/arm/v6"], 1],
+    ["linux/amd64", ["", ` ${SBOM}`], 0],
+    ["linux/amd64", [` ${SBOM}`, ""], 1],
+    ["linux/amd64", [`linux/amd64 ${SBOM}`, "linux/amd64"], 1],
+    ["linux/amd64", [`linux/amd64 ${SBOM}`], undefined],
+    ["linux/amd64", [`linux/amd64 ${MEDIA.ociConfig}`], 0],
+    ["linux/amd64", ["linux/amd64 "], 0],
   ];
-  for (const { args, env = {}, says } of cases) {
-    await t.step(JSON.stringify([args, env]), async () => {
-      using scratch = new Scratch();
-      const withDest = args.at(-1) === "--dest" ? args : ["-d", scratch.at("dest"), ...args];
-      const { code, stdout, stderr, lines } = await run(withDest, { env });
-      assert.equal(code, 2, stderr);
-      assert.equal(stdout, "");
-      assert.match(stderr, says);
-      assert.match(lines[0] ?? "", /^fetch_wheels: Cannot .*[^.]$/);
-      assert.match(lines[1] ?? "", /^fetch_wheels: hint: ./);
-      assert.equal(lines.length, 2);
-      assert(!stderr.includes("S3CRET"));
-      assert.deepEqual(snapshot(scratch.path), {});
+  for (const [platform, texts, expected] of table) {
+    const entries = texts.map(entryOf);
+    const chosen = selectManifest(entries, parsePlatform(platform));
+    const at = chosen === undefined ? undefined : entries.indexOf(chosen);
+    assert.equal(at, expected, `${platform} from ${JSON.stringify(texts)}`);
+  }
+});
+
+const ARM = makeImage({ layers: [BASE, gzip(toBytes("not for amd64"))], architecture: "arm64" });
+const DOCKER = makeImage({ layers: [BASE, LAYER], format: "docker" });
+const SCHEMA1_FIELDS = { layers: [BASE, LAYER], name: "ns/wheels", tag: "1.0", architecture: "amd64" };
+const SCHEMA1 = makeSchema1(SCHEMA1_FIELDS);
+const SIGNED = makeSchema1({ ...SCHEMA1_FIELDS, signed: true });
+
+/** Pushes an image's or an index's document under a tag or a digest. */
+function pushAs(registry: TestRegistry, reference: string, { manifest, mediaType }: MadeManifest): void {
+  registry.pushManifest("ns/wheels", reference, manifest, mediaType);
+}
+
+Deno.test("manifests of each kind lead to the final layer, by tag, by digest and by both", async (t) => {
+  const table: [name: string, image: MadeImage, index?: "oci" | "docker"][] = [
+    ["OCI manifest", IMAGE],
+    ["Docker schema 2", DOCKER],
+    ["Docker schema 1", SCHEMA1],
+    ["Docker schema 1, signed", SIGNED],
+    ["OCI index", IMAGE, "oci"],
+    ["Docker list", DOCKER, "docker"],
+    ["Docker list of schema 1, signed", SIGNED, "docker"],
+  ];
+  for (const [name, image, format] of table) {
+    await using registry = serveImage({}, image);
+    const top = format === undefined ? image : makeIndex([ARM.descriptor, image.descriptor], format);
+    pushAs(registry, "1.0", top);
+    for (const suffix of [":1.0", `@${top.digest}`, `:absent@${top.digest}`]) {
+      await t.step(`${name}, ${suffix.slice(0, 12)}`, async () => {
+        const result = await pull(`${registry.host}/ns/wheels${suffix}`);
+        const { digest, mediaType } = image;
+        assert.deepEqual(result.tarball, LAYER);
+        assert.deepEqual(result.resolved, { digest: top.digest, mediaType: top.mediaType });
+        assert.deepEqual(result.manifest, { digest, mediaType, artifactType: null });
+        const layers = result.layers.map(({ digest, size, index, count }) => [digest, size, index, count]);
+        assert.deepEqual(layers, [[sha256(LAYER), LAYER.length, 2, 2]]);
+        assert.equal(result.platform, "linux/amd64");
+        assert.equal(result.image?.digest, suffix.includes("@") ? top.digest : null);
+      });
+    }
+  }
+  await t.step("sha512", async () => {
+    await using registry = serveImage();
+    const digest = sha512(IMAGE.manifest);
+    pushAs(registry, digest, IMAGE);
+    const { tarball, manifest } = await pull(`${registry.host}/ns/wheels@${digest}`);
+    assert.deepEqual([tarball, manifest?.digest], [LAYER, digest]);
+  });
+});
+
+Deno.test("one request accepts each kind of manifest", async () => {
+  await using registry = serveImage();
+  await pull(registry);
+  const accept = registry.requests[0]?.headers.get("accept")?.split(",").map((type) => type.trim().split(";")[0]);
+  const { ociIndex, ociManifest, dockerList, dockerManifest, dockerSchema1, dockerSchema1Signed } = MEDIA;
+  const kinds = [ociIndex, ociManifest, dockerList, dockerManifest, dockerSchema1, dockerSchema1Signed];
+  assert.deepEqual(accept?.sort(), [...kinds].sort());
+});
+
+Deno.test("a manifest is what its body says, else the header, else its fields", async (t) => {
+  const index = makeIndex([ARM.descriptor, IMAGE.descriptor]);
+  for (const [name, { manifest, mediaType }] of Object.entries({ IMAGE, DOCKER, SCHEMA1, SIGNED, index })) {
+    const text = new TextDecoder().decode(manifest).replace(`"mediaType":"${mediaType}",`, "");
+    for (const type of ["", "text/plain", "application/json; charset=utf-8", mediaType]) {
+      await t.step(`${name} without a mediaType, as "${type}"`, async () => {
+        await using registry = serveImage();
+        registry.pushManifest("ns/wheels", "1.0", toBytes(text), type);
+        assert.deepEqual((await pull(registry)).tarball, LAYER);
+      });
+    }
+  }
+  const { layers } = JSON.parse(new TextDecoder().decode(IMAGE.manifest));
+  const wrong = JSON.parse(new TextDecoder().decode(ARM.manifest)).layers;
+  const table: [body: Record<string, unknown>, header: string][] = [
+    [{ mediaType: MEDIA.ociIndex, manifests: [IMAGE.descriptor], layers: wrong }, MEDIA.ociManifest],
+    [{ mediaType: MEDIA.ociManifest, manifests: [ARM.descriptor], layers }, MEDIA.ociIndex],
+    [{ manifests: [IMAGE.descriptor], layers: wrong }, MEDIA.dockerList],
+    [{ manifests: [ARM.descriptor], layers }, `${MEDIA.dockerManifest.toUpperCase()}; charset=utf-8`],
+    [{ mediaType: "application/x-odd", manifests: [ARM.descriptor], layers }, MEDIA.dockerManifest],
+  ];
+  for (const [body, header] of table) {
+    await t.step(`${body.mediaType} with Content-Type ${header}`, async () => {
+      await using registry = serveImage();
+      registry.pushManifest("ns/wheels", "1.0", toBytes(JSON.stringify({ schemaVersion: 2, ...body })), header);
+      assert.deepEqual((await pull(registry)).tarball, LAYER);
     });
   }
 });
 
-Deno.test("each kind of failure has its exit code, and is said without a stack unless --verbose", async (t) => {
+Deno.test("indexes nest at most five levels deep, and are searched in order if they name no platform", async () => {
+  await using registry = serveImage();
+  let { descriptor } = IMAGE;
+  for (let depth = 1; depth <= 6; depth++) {
+    const index = makeIndex(depth % 2 === 0 ? [ARM.descriptor, descriptor] : [descriptor]);
+    pushAs(registry, `depth${depth}`, index);
+    ({ descriptor } = index);
+    if (depth % 2 !== 0) descriptor = { ...descriptor, platform: { os: "linux", architecture: "amd64" } };
+  }
+  assert.deepEqual((await pull(`${registry.host}/ns/wheels:depth5`)).tarball, LAYER);
+  await assertFails(pull(`${registry.host}/ns/wheels:depth6`), "integrity", /deep/);
+
+  const indexes = [makeIndex([ARM.descriptor]), makeIndex([IMAGE.descriptor])];
+  for (const index of indexes) pushAs(registry, index.digest, index);
+  pushAs(registry, "1.0", makeIndex(indexes.map(({ descriptor }) => descriptor)));
+  assert.deepEqual((await pull(registry)).tarball, LAYER);
+  const attempt = pull(registry, { platform: "linux/s390x" });
+  await assertFails(attempt, "not-found", /linux\/arm64.*linux\/amd64/);
+});
+
+Deno.test("entries that cannot be chosen are skipped, and those that could be are listed", async (t) => {
+  const { platform, ...bare } = IMAGE.descriptor;
+  const on = (architecture: string, variant?: string) => ({ os: "linux", architecture, ...variant && { variant } });
+  const other = { mediaType: MEDIA.ociManifest, digest: `sha256:${HEX}`, size: 5 };
+  const sbom = { ...other, artifactType: SBOM };
+  const blake3 = { ...other, digest: `blake3:${HEX}` };
+  const attestation = { ...bare, ...entryOf("~unknown/unknown") };
+  const table: Record<string, { entries: unknown[]; missing?: RegExp }> = {
+    "an image without a platform beside an artifact": { entries: [bare, sbom] },
+    "an SBOM for the same platform first": { entries: [{ ...sbom, platform }, IMAGE.descriptor] },
+    "blake3 for the same platform": { entries: [{ ...blake3, platform }, IMAGE.descriptor] },
+    "blake3 without a platform": { entries: [blake3, bare] },
+    "upper case": { entries: [{ ...bare, platform: { os: "Linux", architecture: "AMD64" } }] },
+    "blake3 alone": { entries: [{ ...blake3, platform }], missing: /empty/ },
+    "nothing": { entries: [], missing: /empty/ },
+    "a higher level alone": { entries: [{ ...bare, platform: on("amd64", "v3") }], missing: /linux\/amd64\/v3/ },
+    "other platforms": {
+      entries: [ARM.descriptor, { ...bare, platform: on("arm", "v7") }, attestation],
+      missing: /linux\/amd64.*linux\/arm64, linux\/arm\/v7$/,
+    },
+  };
+  for (const [name, { entries, missing }] of Object.entries(table)) {
+    await t.step(name, async () => {
+      await using registry = serveImage();
+      const index = JSON.stringify({ schemaVersion: 2, mediaType: MEDIA.ociIndex, manifests: entries });
+      registry.pushManifest("ns/wheels", "1.0", toBytes(index), MEDIA.ociIndex);
+      if (missing !== undefined) await assertFails(pull(registry), "not-found", missing);
+      else assert.deepEqual((await pull(registry)).tarball, LAYER);
+    });
+  }
+});
+
+Deno.test("an image without an index is for the platform that its config names", async (t) => {
+  const table: [config: string | undefined, platform: string, expected: string | null, hint?: string][] = [
+    ['{"architecture":"arm64","os":"linux"}', "linux/amd64", null, "linux/arm64"],
+    ['{"architecture":"amd64","os":"windows"}', "linux/amd64", null, "windows/amd64"],
+    ['{"architecture":"arm","os":"linux","variant":"v7"}', "linux/arm64", null, "linux/arm/v7"],
+    ['{"architecture":"AMD64","os":"Linux"}', "linux/amd64", "linux/amd64"],
+    ['{"architecture":"x86_64","os":"linux"}', "linux/amd64", "linux/amd64"],
+    ['{"architecture":"","os":""}', "linux/amd64", null],
+    ['{"architecture":5,"os":"linux"}', "linux/amd64", null],
+    ["{}", "linux/amd64", null],
+    ["not JSON", "linux/amd64", null],
+    [undefined, "linux/amd64", null],
+  ];
+  for (const [config, platform, expected, hint] of table) {
+    await t.step(`${config} for ${platform}`, async () => {
+      await using registry = startRegistry();
+      const bytes = toBytes(config ?? "{}");
+      const digest = config === undefined ? `sha256:${HEX}` : registry.pushBlob(bytes);
+      const manifest = toBytes(JSON.stringify({
+        schemaVersion: 2,
+        config: { mediaType: MEDIA.ociConfig, digest, size: bytes.length },
+        layers: [{ mediaType: MEDIA.ociLayerGzip, digest: registry.pushBlob(LAYER), size: LAYER.length }],
+      }));
+      registry.pushManifest("ns/wheels", "1.0", manifest, MEDIA.ociManifest);
+      using scratch = new Scratch();
+      const dest = scratch.at("dest");
+      const modes: FetchWheelsOptions[] = [{}, { output: undefined, dest }, { list: true }, { dryRun: true }];
+      for (const reference of [":1.0", `@${sha256(manifest)}`]) {
+        for (const options of modes) {
+          const attempt = () => pull(`${registry.host}/ns/wheels${reference}`, { ...options, platform });
+          if (hint === undefined) assert.equal((await attempt()).platform, expected);
+          else assert.match((await assertFails(attempt, "not-found")).hint ?? "", new RegExp(`--platform ${hint}$`));
+        }
+      }
+      assert.equal([...Deno.readDirSync(scratch.path)].length, hint === undefined ? 1 : 0);
+    });
+  }
+});
+
+Deno.test("a document with another digest than the one that names it is refused", async (t) => {
+  const named = `sha256:${HEX}`;
+  await using registry = serveImage();
+  pushAs(registry, named, IMAGE);
+  await t.step("named by the user", async () => {
+    await assertFails(pull(`${registry.host}/ns/wheels:1.0@${named}`), "integrity", new RegExp(IMAGE.digest));
+  });
+  await t.step("named by an index", async () => {
+    pushAs(registry, "1.0", makeIndex([{ ...IMAGE.descriptor, digest: named }]));
+    await assertFails(pull(registry), "integrity", new RegExp(IMAGE.digest));
+  });
+  for (const claimed of [named, IMAGE.digest, "", "md5:1"]) {
+    await t.step(`with Docker-Content-Digest "${claimed}"`, async () => {
+      const headers = { "content-type": IMAGE.mediaType, "docker-content-digest": claimed };
+      const onRequest = (_: Request, { path }: RequestContext) =>
+        path.endsWith("/manifests/1.0") ? new Response(IMAGE.manifest, { headers }) : undefined;
+      await using other = serveImage({ onRequest });
+      if (claimed === named) await assertFails(pull(other), "integrity", new RegExp(`Docker-Content-Digest.*${HEX}`));
+      else assert.equal((await pull(other)).resolved?.digest, IMAGE.digest);
+    });
+  }
+  await t.step("layers that a signed payload does not cover are ignored", async () => {
+    const extra = `,\n   "fsLayers": [{"blobSum": "${sha256(BASE)}"}],\n   "signatures": [`;
+    const text = new TextDecoder().decode(SIGNED.manifest).replace(/,\s*"signatures": \[/, extra);
+    assert.notEqual(text, new TextDecoder().decode(SIGNED.manifest));
+    registry.pushManifest("ns/wheels", SIGNED.digest, toBytes(text), SIGNED.mediaType);
+    registry.pushBlob(BASE);
+    await pull(`${registry.host}/ns/wheels@${SIGNED.digest}`).catch(({ kind }) => assert.equal(kind, "integrity"));
+    assert.deepEqual(paths(registry, sha256(BASE)), []);
+  });
+});
+
+Deno.test("a body that is not a manifest is refused, and named if it is HTML or compressed", async (t) => {
+  const digest = `sha256:${HEX}`;
+  const notUtf8 = concat('{"layers":[],"x":"', new Uint8Array([0xff]), '"}');
+  const texts = ["", "[]", "null", '"x"', "{}", '{"schemaVersion":2,"layers":['];
+  const types = [{ mediaType: MEDIA.ociManifest }, { mediaType: MEDIA.ociIndex }, { mediaType: MEDIA.dockerSchema1 }];
+  const digests = ["", 5, null, "sha256:0", digest.toUpperCase(), `${digest}\n`, "../../../other/blobs/x"];
+  const objects = [
+    ...types,
+    ...types.map((type) => ({ ...type, layers: {}, manifests: {}, fsLayers: {} })),
+    ...types.map((type) => ({ ...type, layers: [null], manifests: [null], fsLayers: [null] })),
+    ...digests.flatMap((digest) => [
+      { layers: [{ digest }] },
+      { manifests: [{ digest }] },
+      { fsLayers: [{ blobSum: digest }] },
+    ]),
+    ...[-1, 1.5, "5", null].map((size) => ({ layers: [{ digest, size }] })),
+    { manifests: [{ digest, platform: { os: "linux", architecture: "amd64", variant: 8 } }] },
+  ];
+  const html = "<!doctype html><html><body>Sign in</body></html>";
+  const table: [body: string | Uint8Array, words?: RegExp][] = [
+    ...[...texts, notUtf8, ...objects.map((object) => JSON.stringify(object))].map((body): [string | Uint8Array] => [
+      body,
+    ]),
+    [html, /text\/html.*login.*proxy/],
+    [`\n ${html.toUpperCase()}`, /text\/html/],
+    [gzip(IMAGE.manifest), /gzip/],
+  ];
+  for (const [body, words] of table) {
+    await t.step(String(body), async () => {
+      await using registry = startRegistry();
+      registry.pushManifest("ns/wheels", "1.0", toBytes(body), "application/json");
+      await assertFails(pull(registry), "integrity", words);
+      assert.equal(registry.requests.length, 1);
+      registry.pushManifest("ns/wheels", digest, toBytes(body), MEDIA.ociManifest);
+      await assertFails(pull(`${registry.host}/ns/wheels@${digest}`), "integrity", words);
+    });
+  }
+});
+
+Deno.test("a manifest has at most 4 MiB", async () => {
+  await using registry = serveImage();
+  const padded = (size: number) => concat(IMAGE.manifest, " ".repeat(size - IMAGE.manifest.length));
+  registry.pushManifest("ns/wheels", "largest", padded(4 << 20), IMAGE.mediaType);
+  registry.pushManifest("ns/wheels", "larger", padded((4 << 20) + 1), IMAGE.mediaType);
+  assert.deepEqual((await pull(`${registry.host}/ns/wheels:largest`)).tarball, LAYER);
+  await assertFails(pull(`${registry.host}/ns/wheels:larger`), "integrity", /4194304|4 MiB/);
+});
+
+Deno.test("an image or a layer that the registry does not have is an error of its own", async (t) => {
+  await using registry = serveImage();
+  for (const name of ["ns/wheels:2.0", "ns/other:1.0", `ns/wheels@sha256:${HEX}`]) {
+    await t.step(name, async () => {
+      const error = await assertFails(pull(`${registry.host}/${name}`), "not-found", /UNKNOWN/);
+      assert(error.message.includes(name), error.message);
+    });
+  }
+  const urls = ["https://cdn.example/layer"];
+  for (const [name, layer, words] of [["a layer", {}, /layer/], ["a foreign layer", { urls }, /foreign/]] as const) {
+    await t.step(name, async () => {
+      const layers = [{ mediaType: MEDIA.ociLayerGzip, digest: `sha256:${HEX}`, size: 5, ...layer }];
+      const manifest = toBytes(JSON.stringify({ schemaVersion: 2, layers }));
+      registry.pushManifest("ns/wheels", "missing", manifest, MEDIA.ociManifest);
+      const { message, hint } = await assertFails(pull(`${registry.host}/ns/wheels:missing`), "not-found", /UNKNOWN/);
+      assert.match(hint ?? "", words);
+      assert.doesNotMatch(`${message} ${hint}`, /check the|the tag/);
+    });
+  }
+});
+
+// Artifacts
+
+const PLAIN = { platform: "linux/amd64", protocol: "http", retries: 0 } as const;
+
+/** A registry that holds this document as `ns/wheels:1.0`, and all images that it may refer to. */
+function serveAll(top: MadeManifest, images: MadeImage[], options: RegistryOptions = {}): TestRegistry {
+  const registry = startRegistry(options);
+  for (const image of images) registry.pushImage("ns/wheels", image.digest, image);
+  pushAs(registry, "1.0", top);
+  return registry;
+}
+
+function serveArtifact(fields: ArtifactFields, options: RegistryOptions = {}): TestRegistry {
+  const artifact = makeArtifact(fields);
+  return serveAll(artifact, [artifact], options);
+}
+
+function sourceOf(registry: TestRegistry): string {
+  return `${registry.host}/ns/wheels:1.0`;
+}
+
+/** The digests of the blobs that were requested, in order. */
+function blobsRequested({ requests }: TestRegistry): string[] {
+  return requests.filter(({ path }) => path.includes("/blobs/")).map(({ path }) => path.split("/").at(-1) ?? "");
+}
+
+/** Extracts into a directory of its own; the result also has everything that was extracted. */
+async function extract(from: TestRegistry | string, options: FetchWheelsOptions = {}) {
+  using scratch = new Scratch();
+  const dest = scratch.at("dest");
+  const source = typeof from === "string" ? from : sourceOf(from);
+  const result = await fetchWheels(source, { ...PLAIN, ...options, dest });
+  const tree = options.list || options.dryRun ? {} : contents(dest);
+  return { ...result, tree, paths: Object.keys(tree).filter((path) => tree[path] !== "/").sort() };
+}
+
+/** Asserts that a fetch fails for this reason, which the message or the hint names, and publishes nothing. */
+async function assertRejected(
+  from: TestRegistry | string,
+  options: FetchWheelsOptions,
+  kind: string,
+  words = /./,
+): Promise<string> {
+  using scratch = new Scratch();
+  scratch.at("dest/old.whl", "old");
+  const source = typeof from === "string" ? from : sourceOf(from);
+  const { message, hint } = await assertFails(
+    fetchWheels(source, { ...PLAIN, dest: scratch.at("dest"), ...options }),
+    kind,
+  );
+  assert.match(`${message} ${hint}`, words);
+  assert.deepEqual(contents(scratch.path), { "dest": "/", "dest/old.whl": "old" });
+  return message;
+}
+
+const WHEELS: ArtifactLayer[] = [
+  { title: "a.whl", data: "wheel a" },
+  { title: "sub/b.whl", data: "wheel b", mediaType: "application/x-wheel" },
+  { title: "notes.txt", data: "notes" },
+  { title: ".hidden.whl", data: "hidden" },
+  { title: "/abs/c.whl", data: "wheel c" },
+];
+
+Deno.test("a manifest is an artifact by its config, by its artifact type, or by a title", async (t) => {
+  const image = { mediaType: MEDIA.ociConfig, data: `{"architecture":"amd64","os":"linux"}` };
+  const other = { mediaType: "application/vnd.unknown.config.v1+json", data: "{}" };
+  const table: [name: string, fields: Partial<ArtifactFields>][] = [
+    ["the empty config, and an artifact type", {}],
+    ["the empty config alone", { artifactType: null }],
+    ["a config of its own type", { artifactType: null, config: other }],
+    ["an image config, and an artifact type", { artifactType: "application/vnd.example", config: image }],
+    ["an image config, and titles", { artifactType: null, config: image }],
+    ["a Docker config, and titles", { artifactType: null, config: { ...image, mediaType: MEDIA.dockerConfig } }],
+  ];
+  for (const [name, fields] of table) {
+    await t.step(name, async () => {
+      await using registry = serveArtifact({ layers: WHEELS.slice(0, 2), ...fields });
+      const { manifest, tree } = await extract(registry);
+      assert.deepEqual(tree, { "a.whl": "wheel a", "sub": "/", "sub/b.whl": "wheel b" });
+      const { artifactType = ARTIFACT_MEDIA.unknown } = fields;
+      assert.equal(manifest?.artifactType, artifactType);
+    });
+  }
+});
+
+Deno.test("an artifact's files are selected by their titles, and only selected blobs are requested", async (t) => {
+  const table: [options: FetchWheelsOptions, files: string[], titles?: string[]][] = [
+    [{}, ["a.whl", "abs/c.whl", "notes.txt", "sub/b.whl"], ["a.whl", "sub/b.whl", "notes.txt", "/abs/c.whl"]],
+    [{ include: ["a.*"] }, ["a.whl"]],
+    [{ include: ["sub"] }, ["sub/b.whl"]],
+    [{ exclude: ["*.txt", "abs"] }, ["a.whl", "sub/b.whl"]],
+    [{ stripComponents: 1 }, ["b.whl", "c.whl"], ["sub/b.whl", "/abs/c.whl"]],
+    [{ include: [".hidden.whl"] }, [".hidden.whl"]],
+    [{ layers: ["1"] }, ["a.whl"]],
+    [{ layers: [sha256(toBytes("wheel b"))] }, ["sub/b.whl"]],
+    [{ list: true, include: ["*.whl"], exclude: [".*"] }, ["a.whl", "abs/c.whl", "sub/b.whl"], []],
+    [{ dryRun: true }, [], []],
+  ];
+  for (const [options, expected, titles = expected] of table) {
+    await t.step(JSON.stringify(options), async () => {
+      await using registry = serveArtifact({ layers: WHEELS });
+      const { files, paths, layers } = await extract(registry, options);
+      assert.deepEqual(files.map(({ path }) => path).sort(), expected);
+      if (!options.list) assert.deepEqual(paths, expected);
+      const selected = WHEELS.filter(({ title = "" }) => titles.includes(title));
+      assert.deepEqual(blobsRequested(registry).sort(), selected.map(({ data }) => sha256(toBytes(data))).sort());
+      for (const { size, digest } of files) {
+        assert(layers.some((layer) => layer.size === size && layer.digest === digest));
+      }
+      for (const { index, count } of layers) assert(index >= 1 && index <= 5 && count === 5);
+    });
+  }
+  await using registry = serveArtifact({ layers: WHEELS });
+  await t.step(
+    "nothing matches",
+    () => assertRejected(registry, { include: ["*.zip"] }, "not-found", /\*\.zip/).then(),
+  );
+  for (const options of [{ output: "-" }, { output: "-", include: ["*.whl"] }, { layers: ["1", "2"] }]) {
+    await t.step(`${JSON.stringify(options)} needs one file`, async () => {
+      await assertRejected(registry, options, "usage", /--output|--layer/);
+    });
+  }
+  assert.deepEqual(blobsRequested(registry), []);
+  await t.step("-o writes one file", async () => {
+    const { tarball } = await pull(registry, { include: ["notes.txt"] });
+    assert.equal(new TextDecoder().decode(tarball), "notes");
+  });
+});
+
+Deno.test("an artifact's titles and media types are checked before a blob is requested", async (t) => {
+  const types = ["application/x-wheel", "text/plain"];
+  const table: [name: string, titles: string[] | ArtifactLayer[], kind: string, words: RegExp][] = [
+    ["two equal titles", ["a.whl", "b.whl", "a.whl"], "integrity", /a\.whl/],
+    ["two titles that are equal without a slash", ["a.whl", "/a.whl"], "integrity", /a\.whl/],
+    ["..", ["a.whl", "../b.whl"], "unsafe", /\.\.\/b\.whl/],
+    [".. after a directory", ["sub/../../b.whl"], "unsafe", /\.\./],
+    ["NUL", ["a.whl\0b"], "integrity", /NUL/],
+    ["no name", ["/"], "integrity", /empty/],
+    ["no title and no archive", types.map((mediaType) => ({ data: "x", mediaType })), "not-found", /x-wheel.*plain/],
+  ];
+  for (const [name, titles, kind, words] of table) {
+    await t.step(name, async () => {
+      const layers = titles.map((title, at) => typeof title === "string" ? { title, data: `${at}` } : title);
+      await using registry = serveArtifact({ layers });
+      await assertRejected(registry, {}, kind, words);
+      assert.deepEqual(blobsRequested(registry), []);
+    });
+  }
+  await t.step("two equal paths without leading components", async () => {
+    await using registry = serveArtifact({ layers: ["x/a.whl", "y/a.whl"].map((title) => ({ title, data: title })) });
+    await assertRejected(registry, { stripComponents: 1 }, "integrity", /a\.whl/);
+  });
+  for (const mediaType of [MEDIA.ociLayerGzip, "application/vnd.cncf.helm.chart.content.v1.tar+gzip"]) {
+    await t.step(`an archive without a title, ${mediaType}`, async () => {
+      await using registry = serveArtifact({ layers: [{ data: LAYER, mediaType }] });
+      assert.deepEqual((await extract(registry)).tree, { "a-1-py3-none-any.whl": "wheel" });
+    });
+  }
+});
+
+Deno.test("a directory of an artifact is extracted below its title, and its tar verified", async (t) => {
+  const members = ["x.whl", "deep/y.txt", ".hidden"].map((name) => ({ name, data: name }));
+  const packed = await makeDirectoryLayer("dir", members);
+  const single = { title: "a.whl", data: "a.whl" };
+  const unverified = { ...packed, annotations: { [ANNOTATION.unpack]: "true" } };
+  const all = ["a.whl", "dir/.hidden", "dir/deep/y.txt", "dir/x.whl"];
+  const table: [name: string, layer: ArtifactLayer, options: FetchWheelsOptions, expected: string[]][] = [
+    ["with its digest", packed, {}, all],
+    ["without a digest", unverified, {}, all],
+    ["selected as a whole", packed, { include: ["dir"] }, all.slice(1)],
+    ["not selected", packed, { include: ["*.whl"] }, ["a.whl"]],
+    ["shortened", packed, { include: ["dir"], stripComponents: 1 }, [".hidden", "deep/y.txt", "x.whl"]],
+    ["without the annotation", { ...packed, title: "d.tar.gz", annotations: {} }, {}, ["a.whl", "d.tar.gz"]],
+  ];
+  for (const [name, layer, options, expected] of table) {
+    await t.step(name, async () => {
+      await using registry = serveArtifact({ layers: [single, layer] });
+      assert.deepEqual((await extract(registry, options)).paths, expected);
+    });
+  }
+  const other = await makeDirectoryLayer("other", members);
+  const bad: [name: string, layer: ArtifactLayer, kind: string, words: RegExp][] = [
+    [
+      "another digest",
+      await makeDirectoryLayer("dir", members, { contentDigest: `sha256:${HEX}` }),
+      "integrity",
+      /dir/,
+    ],
+    ["an unknown digest", await makeDirectoryLayer("dir", members, { contentDigest: "md5:1" }), "integrity", /digest/],
+    ["a member outside", await makeDirectoryLayer("dir", [{ name: "../../x", data: "x" }]), "unsafe", /\.\./],
+    ["a member beside the directory", { ...other, title: "dir" }, "unsafe", /"dir"/],
+  ];
+  for (const [name, layer, kind, words] of bad) {
+    await t.step(name, async () => {
+      await using registry = serveArtifact({ layers: [single, layer] });
+      await assertRejected(registry, {}, kind, words);
+    });
+  }
+});
+
+Deno.test("an index of artifacts is resolved by platform, or to its only entry", async (t) => {
+  const artifactOf = (name: string, fields: Partial<ArtifactFields>) =>
+    makeArtifact({ layers: [{ title: `${name}.whl`, data: name }], ...fields });
+  const on = (architecture: string) => artifactOf(architecture, { platform: { os: "linux", architecture } });
+  const [amd64, arm64] = [on("amd64"), on("arm64")];
+  const one = artifactOf("one", { artifactType: "application/vnd.one" });
+  const two = artifactOf("two", { artifactType: "application/vnd.two" });
+  const table: [name: string, entries: MadeImage[], expected: string | RegExp, platform?: string][] = [
+    ["by platform", [arm64, amd64], "amd64.whl"],
+    ["by another platform", [arm64, amd64], "arm64.whl", "linux/arm64"],
+    ["the only one", [one], "one.whl"],
+    ["an image beside an artifact without a platform", [one, IMAGE], "a-1-py3-none-any.whl"],
+    ["several without a platform", [one, two], /application\/vnd\.one.*application\/vnd\.two/],
+    ["a platform that is missing", [amd64, arm64], /linux\/amd64.*linux\/arm64/, "linux/s390x"],
+  ];
+  for (const [name, entries, expected, platform = "linux/amd64"] of table) {
+    await t.step(name, async () => {
+      const index = makeIndex(entries.map(({ descriptor }) => descriptor));
+      await using registry = serveAll(index, entries);
+      if (typeof expected !== "string") return void await assertRejected(registry, { platform }, "not-found", expected);
+      const { paths, resolved } = await extract(registry, { platform });
+      assert.deepEqual([paths, resolved?.digest], [[expected], index.digest]);
+    });
+  }
+});
+
+// Signatures
+
+const FORMATS: SignatureFormat[] = ["bundle", "simplesigning"];
+const keys = new Map<string, SigningKey>();
+
+/** Returns a key, which is made when it is first needed. */
+function keyOf(kind: KeyKind, owner = "ours"): SigningKey {
+  const name = `${kind} ${owner}`;
+  const key = keys.get(name) ?? makeKey(kind);
+  keys.set(name, key);
+  return key;
+}
+
+const INDEX = makeIndex([IMAGE.descriptor, ARM.descriptor]);
+
+interface SignedFields {
+  format: SignatureFormat;
+  key?: SigningKey;
+  subject?: MadeManifest;
+  change?: SignatureChanges;
+  /** The signatures, if not one by `key`. */
+  signatures?: MadeArtifact[];
+  options?: RegistryOptions;
+}
+
+/** A registry with the index of two images, and signatures. */
+function serveSigned(fields: SignedFields): TestRegistry {
+  const { format, key = keyOf("P-256"), subject = INDEX, change, options } = fields;
+  const { signatures = [makeSignature({ subject: subject.descriptor, key, format, change })] } = fields;
+  const registry = serveAll(INDEX, [IMAGE, ARM], options);
+  pushSignatures(registry, "ns/wheels", { subject: subject.digest, format, signatures });
+  return registry;
+}
+
+const KEYS = new Scratch();
+globalThis.addEventListener("unload", () => KEYS[Symbol.dispose]());
+
+/** Returns the file of a public key. */
+function keyFile(key: SigningKey = keyOf("P-256"), name = "ours.pem"): string {
+  return KEYS.at(name, key.pem);
+}
+
+/** Asserts that a signature is rejected before a layer is requested; returns the message. */
+async function assertUnsigned(registry: TestRegistry, words = /./, options: FetchWheelsOptions = {}): Promise<string> {
+  const message = await assertRejected(registry, { verifyKeys: [keyFile()], ...options }, "integrity", words);
+  assert(!blobsRequested(registry).includes(sha256(LAYER)));
+  return message;
+}
+
+Deno.test("verifyKeys accepts signatures that cosign made", async (t) => {
+  for (const signature of cosign.signatures) {
+    for (const referrers of [true, false]) {
+      for (const [name, lines] of Object.entries(cosign.keys)) {
+        const isAccepted = signature.accepted && signature.keys.includes(name);
+        await t.step(`${signature.name}, referrers ${referrers}: ${isAccepted ? "" : "not "}by ${name}`, async () => {
+          await using registry = startRegistry({ referrers });
+          for (const blob of cosign.subject.blobs) registry.pushBlob(toBytes(Buffer.from(blob, "base64")));
+          for (const blob of signature.blobs) registry.pushBlob(toBytes(JSON.stringify(blob)));
+          const manifests = { ...cosign.subject.manifests, ...signature.manifests };
+          for (const [reference, manifest] of Object.entries(manifests)) {
+            // The referrers API must do without the tag.
+            if (referrers && /^sha256-[0-9a-f]*$/.test(reference)) continue;
+            registry.pushManifest("ns/wheels", reference, toBytes(JSON.stringify(manifest)), manifest.mediaType);
+          }
+          const key = KEYS.at("cosign.pem", `${lines.join("\n")}\n`);
+          const source = `${registry.host}/ns/wheels:1`;
+          if (!isAccepted) return void await assertRejected(source, { verifyKeys: [key] }, "integrity");
+          const { verified } = await extract(source, { verifyKeys: [key], dryRun: true });
+          assert.deepEqual(verified, { digest: signature.digest, key, format: signature.format });
+        });
+      }
+    }
+  }
+});
+
+Deno.test("verifyKeys accepts each kind of key, in both formats, from the referrers API and by tag", async (t) => {
+  for (const kind of KEY_KINDS) {
+    for (const format of FORMATS) {
+      for (const referrers of [true, false]) {
+        await t.step(`${kind}, ${format}, ${referrers ? "with" : "without"} referrers`, async () => {
+          const key = keyOf(kind);
+          await using registry = serveSigned({ format, key, options: { referrers } });
+          const { verified, paths } = await extract(registry, { verifyKeys: [keyFile(key)] });
+          assert.deepEqual(verified, { digest: INDEX.digest, key: keyFile(key), format });
+          assert.deepEqual(paths, ["a-1-py3-none-any.whl"]);
+          const requested = blobsRequested(registry);
+          assert.equal(requested.indexOf(sha256(LAYER)), requested.length - 1, "the layer comes last");
+          const tags = registry.requests.filter(({ path }) => path.endsWith("/manifests/1.0"));
+          assert.equal(tags.length, 1, "a tag that is read twice may name two images");
+        });
+      }
+    }
+  }
+});
+
+Deno.test("an unsigned image, another key, another digest and a changed payload have their own words", async (t) => {
+  const payloads: Record<SignatureFormat, [digest: SignatureChanges, changed: SignatureChanges]> = {
+    bundle: [
+      { payload: (statement) => statement.subject[0].digest.sha256 = HEX },
+      { signed: (envelope) => envelope.payload = Buffer.from(`${atob(envelope.payload)} `).toString("base64") },
+    ],
+    // Without a hint of the key, a payload that does not fit its descriptor shows the change.
+    simplesigning: [
+      { payload: ({ critical }) => critical.image["docker-manifest-digest"] = `sha256:${HEX}` },
+      { served: (bytes) => bytes.with(-1, 0x20) },
+    ],
+  };
+  for (const format of FORMATS) {
+    const [digest, changed] = payloads[format];
+    const causes: [fields: Partial<SignedFields>, words: RegExp][] = [
+      [{ signatures: [] }, /no signature/],
+      [{ key: keyOf("P-256", "theirs") }, /key.*ours\.pem/],
+      [{ change: digest }, /another digest.*0123456789abcdef/],
+      [{ change: changed }, format === "bundle" ? /payload was changed/ : /Cannot verify "sha256:.*digest/],
+    ];
+    const messages: string[] = [];
+    for (const [fields, words] of causes) {
+      await t.step(`${format}: ${words}`, async () => {
+        await using registry = serveSigned({ format, ...fields });
+        messages.push((await assertUnsigned(registry, words)).replace(/127\.0\.0\.1:\d+/, ""));
+      });
+    }
+    assert.equal(new Set(messages).size, causes.length, messages.join("\n"));
+  }
+});
+
+/** Every further way to be wrong. */
+// deno-fmt-ignore
+const WRONG_SIGNATURES: Record<SignatureFormat, Record<string, SignatureChanges>> = {
+  bundle: {
+    "an empty signature": { signed: ({ signatures }) => signatures[0].sig = "" },
+    "a signature that is not base64": { signed: ({ signatures }) => signatures[0].sig = "not base64!" },
+    "a signature of three bytes": { signed: ({ signatures }) => signatures[0].sig = "AAAA" },
+    "no signature in the envelope": { signed: (envelope) => envelope.signatures = [] },
+    "another payload type, signed": { payloadType: "application/json" },
+    "another payload type, not signed": { signed: (envelope) => envelope.payloadType = "application/json" },
+    "another predicate": { payload: (statement) => statement.predicateType = "https://slsa.dev/provenance/v1" },
+    "no predicate": { payload: (statement) => delete statement.predicateType },
+    "a subject without a sha256": { payload: ({ subject }) => subject[0].digest = { sha512: `${HEX}${HEX}` } },
+    "a statement without a subject": { payload: (statement) => delete statement.subject },
+    "a statement that is null": { text: "null" },
+    "a subject that is null": { payload: (statement) => statement.subject = [null] },
+    "a statement that is not JSON": { text: "{" },
+    "a bundle that is not what its descriptor says": { served: (bytes) => concat(bytes, " ") },
+    "a bundle that is not JSON": { raw: () => toBytes("{") },
+    "a bundle that is null": { raw: () => toBytes("null") },
+    "a bundle without an envelope": { bundle: (bundle) => delete bundle.dsseEnvelope },
+    "an envelope that is empty": { bundle: (bundle) => bundle.dsseEnvelope = {} },
+    "an envelope whose signature is null": { signed: (envelope) => envelope.signatures = [null] },
+    "a referrer of another type": { manifest: (it) => it.artifactType = it.layers[0].mediaType = SBOM },
+    "a referrer without layers": { manifest: (manifest) => manifest.layers = [] },
+    "a media type that is not text": { manifest: (it) => it.artifactType = it.layers[0].mediaType = 5 },
+  },
+  simplesigning: {
+    "an empty signature": { signed: (signed) => signed.signature = "" },
+    "a signature that is not base64": { signed: (signed) => signed.signature = "not base64!" },
+    "a changed payload with a descriptor to match": { raw: (bytes) => concat(bytes, " ") },
+    "another type of claim": { payload: ({ critical }) => critical.type = "atomic container signature" },
+    "no type of claim": { payload: ({ critical }) => delete critical.type },
+    "a payload without an image": { payload: ({ critical }) => delete critical.image },
+    "a payload that is null": { text: "null" },
+    "a payload that is not JSON": { text: "cosign container image signature" },
+    "no annotation": { manifest: ({ layers }) => delete layers[0].annotations },
+    "an annotation that is not text": { manifest: ({ layers }) => layers[0].annotations[ANNOTATION.signature] = 5 },
+    "a layer of another type": { manifest: ({ layers }) => layers[0].mediaType = "text/plain" },
+    "a manifest without layers": { manifest: (manifest) => manifest.layers = [] },
+  },
+};
+
+Deno.test("verifyKeys rejects everything but a signature of the image", async (t) => {
+  for (const format of FORMATS) {
+    const table: Record<string, Partial<SignedFields>> = {
+      "a key of another kind": { key: keyOf("Ed25519") },
+      "a signature of another platform's manifest": { subject: ARM },
+    };
+    for (const [name, change] of Object.entries(WRONG_SIGNATURES[format])) table[name] = { change };
+    for (const [name, fields] of Object.entries(table)) {
+      await t.step(`${format}: ${name}`, async () => {
+        await using registry = serveSigned({ format, ...fields });
+        await assertUnsigned(registry);
+      });
+    }
+  }
+  for (const options of [{ list: true }, { dryRun: true }, { output: "-" }, { cache: KEYS.at("cache") }]) {
+    await t.step(Object.keys(options).join(), async () => {
+      await using signed = serveSigned({ format: "bundle" });
+      await extract(signed, { verifyKeys: [keyFile()], cache: KEYS.at("cache") });
+      await using registry = serveSigned({ format: "bundle", signatures: [] });
+      await assertUnsigned(registry, /no signature/, options);
+    });
+  }
+  for (const [status, kind] of [[500, "network"], [503, "network"], [401, "auth"]] as const) {
+    await t.step(`an answer of ${status} is not taken for a missing signature`, async () => {
+      const onRequest = (_: Request, { path }: RequestContext) =>
+        /referrers|sha256-/.test(path) ? new Response(null, { status }) : undefined;
+      await using registry = serveSigned({ format: "bundle", options: { onRequest } });
+      await assertRejected(registry, { verifyKeys: [keyFile()] }, kind);
+      assert(!blobsRequested(registry).includes(sha256(LAYER)));
+    });
+  }
+});
+
+Deno.test("verifyKeys finds the right signature among others", async (t) => {
+  const [ours, theirs] = [keyOf("P-256"), keyOf("P-256", "theirs")];
+  const sign = (key: SigningKey, change?: SignatureChanges, format: SignatureFormat = "bundle") =>
+    makeSignature({ subject: INDEX.descriptor, key, format, change });
+  const attestation = sign(ours, { payload: (it) => it.predicateType = "https://slsa.dev/provenance/v1" });
+  const sbom = makeArtifact({ layers: [{ data: "{}" }], artifactType: SBOM, subject: INDEX.descriptor });
+  const broken = sign(ours, { raw: () => toBytes("null") });
+  const options = { referrers: { artifactType: ARTIFACT_MEDIA.empty } };
+  const twoSignatures: SignatureChanges = {
+    signed: (envelope) => envelope.signatures.unshift({ sig: theirs.sign(toBytes("x")) }),
+  };
+  const twoSubjects: SignatureChanges = { payload: (it) => it.subject.unshift({ digest: { sha256: HEX } }) };
+  const table: [name: string, fields: Omit<SignedFields, "format">, digest?: string][] = [
+    ["others before it", { signatures: [sbom, attestation, broken, sign(theirs), sign(ours)] }],
+    ["others after it", { signatures: [sign(ours), sign(theirs), broken, attestation, sbom] }],
+    ["a second signature in one envelope", { change: twoSignatures }],
+    ["a second subject", { change: twoSubjects }],
+    ["a manifest without an artifact type", { change: { manifest: (manifest) => delete manifest.artifactType } }],
+    ["an index with another artifact type, as GHCR's", { options }],
+    ["a signature of the chosen manifest", { subject: IMAGE }, IMAGE.digest],
+  ];
+  for (const [name, fields, digest = INDEX.digest] of table) {
+    await t.step(name, async () => {
+      await using registry = serveSigned({ format: "bundle", ...fields });
+      const other = keyFile(keyOf("Ed25519"), "other.pem");
+      const { verified } = await extract(registry, { verifyKeys: [other, keyFile()], dryRun: true });
+      assert.deepEqual(verified, { digest, key: keyFile(), format: "bundle" });
+    });
+  }
+  await t.step("a second layer of simple signing", async () => {
+    const [first, second] = [sign(theirs, {}, "simplesigning"), sign(ours, {}, "simplesigning")];
+    const both = JSON.parse(new TextDecoder().decode(first.manifest));
+    both.layers.push(...JSON.parse(new TextDecoder().decode(second.manifest)).layers);
+    const manifest = toBytes(JSON.stringify(both));
+    const blobs = new Map([...first.blobs, ...second.blobs]);
+    const signatures = [{ ...first, manifest, digest: sha256(manifest), blobs }];
+    await using registry = serveSigned({ format: "simplesigning", signatures });
+    const { verified } = await extract(registry, { verifyKeys: [keyFile()], dryRun: true });
+    assert.equal(verified?.format, "simplesigning");
+  });
+  await t.step("without the option nothing is verified", async () => {
+    await using registry = serveSigned({ format: "bundle", signatures: [] });
+    assert.equal((await extract(registry)).verified, null);
+    assert.deepEqual(paths(registry, "referrers"), []);
+  });
+});
+
+Deno.test("signatures may lie at a mirror or in an OCI layout", async (t) => {
+  const ours = (format: SignatureFormat, referrers = true) => serveSigned({ format, options: { referrers } });
+  const none = (referrers = true) => serveSigned({ format: "bundle", signatures: [], options: { referrers } });
+  for (const format of FORMATS) {
+    const table: [name: string, mirror: () => TestRegistry, origin: () => TestRegistry][] = [
+      ["at the mirror", () => ours(format), none],
+      ["at the mirror by tag", () => ours(format, false), none],
+      ["at the registry", none, () => ours(format)],
+      ["at the registry, and a mirror without referrers", () => none(false), () => ours(format)],
+    ];
+    for (const [name, startMirror, start] of table) {
+      await t.step(`${format} ${name}`, async () => {
+        await using mirror = startMirror();
+        await using registry = start();
+        const options = { verifyKeys: [keyFile()], mirrors: [mirror.url], dryRun: true };
+        assert.equal((await extract(registry, options)).verified?.digest, INDEX.digest);
+      });
+    }
+  }
+  const [bundle, simple] = FORMATS.map((format) =>
+    makeSignature({ subject: INDEX.descriptor, key: keyOf("P-256"), format })
+  );
+  assert(bundle !== undefined && simple !== undefined);
+  const layouts: [name: string, tags: Record<string, MadeManifest>, format: SignatureFormat | null][] = [
+    ["bundles without a tag, as oras cp -r writes them", { "": bundle }, "bundle"],
+    [
+      "an index of bundles by tag",
+      { [signatureTag(INDEX.digest, "bundle")]: makeIndex([bundle.descriptor]) },
+      "bundle",
+    ],
+    ["a simple signature by tag", { [signatureTag(INDEX.digest, "simplesigning")]: simple }, "simplesigning"],
+    ["no signature", {}, null],
+  ];
+  for (const [name, tags, format] of layouts) {
+    for (const tag of ["1.0", ""]) {
+      await t.step(`${name}, the image ${tag === "" ? "without" : "with"} a tag`, async () => {
+        using scratch = new Scratch();
+        const put = (digest: string, bytes: Uint8Array) => scratch.at(`blobs/${digest.replace(":", "/")}`, bytes);
+        for (const { digest, manifest, blobs } of [IMAGE, ARM, bundle, simple]) {
+          put(digest, manifest);
+          for (const [digest, blob] of blobs) put(digest, blob);
+        }
+        const named = [[tag, INDEX], ["", IMAGE], ["", ARM], ...Object.entries(tags)] as [string, MadeManifest][];
+        const manifests = named.map(([tag, { digest, manifest, descriptor }]) => {
+          put(digest, manifest);
+          return { ...descriptor, ...tag && { annotations: { "org.opencontainers.image.ref.name": tag } } };
+        });
+        scratch.at("index.json", JSON.stringify({ schemaVersion: 2, manifests }));
+        const isChosen = tag !== "" || format !== null && "" in tags;
+        const source = `oci:${scratch.path}${isChosen ? tag && `:${tag}` : ""}`;
+        const options = { verifyKeys: [keyFile()], dryRun: true };
+        if (format === null) return void await assertRejected(source, options, "integrity", /no signature/);
+        const { verified } = await extract(source, options);
+        assert.deepEqual(verified, { digest: INDEX.digest, key: keyFile(), format });
+      });
+    }
+  }
+});
+
+Deno.test("verifyKeys must be public keys of a supported kind, and the source an image", async (t) => {
+  await using registry = serveSigned({ format: "bundle" });
+  const pemOf = ({ publicKey }: { publicKey: KeyObject }) =>
+    publicKey.export({ format: "pem", type: "spki" }).toString();
+  const { pem, privatePem } = keyOf("P-256");
+  const table: [name: string, text: string | undefined][] = [
+    ["absent.pem", undefined],
+    ["empty.pem", ""],
+    ["garbage.pem", "garbage"],
+    ["truncated.pem", pem.slice(0, 80)],
+    ["damaged.pem", pem.replace(/\n[^-]{20}/, "\n!!!!!!!!!!!!!!!!!!!!")],
+    ["private.pem", privatePem],
+    ["x25519.pem", pemOf(generateKeyPairSync("x25519"))],
+    ["secp256k1.pem", pemOf(generateKeyPairSync("ec", { namedCurve: "secp256k1" }))],
+    ["P-521.pem", pemOf(generateKeyPairSync("ec", { namedCurve: "P-521" }))],
+    ["DSA.pem", pemOf(generateKeyPairSync("dsa", { modulusLength: 2048, divisorLength: 256 }))],
+    ["PSS.pem", pemOf(generateKeyPairSync("rsa-pss", { modulusLength: 2048 }))],
+  ];
+  for (const [name, text] of table) {
+    await t.step(name, async () => {
+      const verifyKeys = [keyFile(), KEYS.at(name, text)];
+      await assertRejected(registry, { verifyKeys }, "usage", new RegExp(name.replace(".", "\\.")));
+    });
+  }
+  for (const source of [KEYS.at("layer.tar.gz", LAYER), `${registry.url}/layer.tar.gz`]) {
+    await t.step(source.startsWith("http") ? "a URL" : "a file", async () => {
+      await assertRejected(source, { verifyKeys: [keyFile()] }, "usage", /--verify-key/);
+    });
+  }
+  await t.step("an archive of docker save", async () => {
+    const source = `docker-archive:${KEYS.at("saved.tar", makeDockerArchive([gzip(tarOf(file("a.whl")))]))}`;
+    await assertRejected(source, { verifyKeys: [keyFile()] }, "integrity", /no signature/);
+  });
+  assert.deepEqual(registry.requests, []);
+});
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 7 Bytes
+// ---------------------------------------------------------------------------------------------------------------------
+
+/** Options for a fetch that may hang. */
+const IN_TIME = { retries: 0, platform: "linux/amd64", protocol: "http" } as const;
+
+function fetchInTime(source: string, options: FetchWheelsOptions): Promise<FetchResult> {
+  return fetchWheels(source, { ...IN_TIME, signal: AbortSignal.timeout(30_000), ...options });
+}
+
+const LARGE_NOISE = new Uint8Array(randomBytes(1_500_000));
+
+/** Returns so many bytes in which no range equals another. */
+function noise(size: number): Bytes {
+  return LARGE_NOISE.subarray(0, size);
+}
+
+/** Returns a source and options that yield these bytes from an HTTP server in chunks of this size. */
+function serveChunks(bytes: Uint8Array, size: number): [source: string, options: FetchWheelsOptions] {
+  const chunks = function* () {
+    for (let offset = 0; offset < bytes.length; offset += size) yield bytes.slice(offset, offset + size);
+  };
+  return ["http://127.0.0.1/layer", { fetch: () => Promise.resolve(new Response(ReadableStream.from(chunks()))) }];
+}
+
+const ZSTD_MAGIC = new Uint8Array([0x28, 0xb5, 0x2f, 0xfd]);
+const SKIPPABLE = toBytes("\x5a\x2a\x4d\x18\x04\0\0\0skip");
+
+/** One zstd frame of stored blocks, with this window descriptor (RFC 8878, section 3.1.1.1.2). */
+function zstdStored(bytes: Uint8Array, window: number): Bytes {
+  const blocks: Bytes[] = [];
+  for (let at = 0; at < bytes.length; at += 65_536) {
+    const block = bytes.subarray(at, at + 65_536);
+    const header = block.length * 8 + Number(at + block.length === bytes.length);
+    blocks.push(new Uint8Array([header, header >> 8, header >> 16]), new Uint8Array(block));
+  }
+  return concat(ZSTD_MAGIC, new Uint8Array([0, window]), ...blocks);
+}
+
+/** One zstd frame with a content checksum. */
+function checked(bytes: Uint8Array): Bytes {
+  return new Uint8Array(zstdCompressSync(bytes, { params: { [constants.ZSTD_c_checksumFlag]: 1 } }));
+}
+
+/** One gzip member whose header has every optional field. */
+function gzipWithAllFields(bytes: Uint8Array): Bytes {
+  const header = concat(new Uint8Array([31, 139, 8, 0x1e, 0, 0, 0, 0, 0, 3, 5, 0]), "extra", "name\0", "comment\0");
+  const headerCrc = new Uint8Array(new Uint16Array([crc32(header) & 0xffff]).buffer);
+  const trailer = new Uint8Array(new Uint32Array([crc32(bytes), bytes.length]).buffer);
+  return concat(header, headerCrc, deflateRawSync(bytes), trailer);
+}
+
+/** A copy in which one bit of this byte differs. A negative position counts from the end. */
+function flip(bytes: Uint8Array, at: number): Bytes {
+  const copy = new Uint8Array(bytes);
+  const index = at < 0 ? bytes.length + at : at;
+  copy[index] = (copy[index] ?? 0) ^ 0x10;
+  return copy;
+}
+
+const NOTHING = new Uint8Array();
+const first = (bytes: Bytes): Bytes => bytes.subarray(0, bytes.length >> 1);
+const second = (bytes: Bytes): Bytes => bytes.subarray(bytes.length >> 1);
+const cut = (bytes: Bytes, removed: number): Bytes => bytes.subarray(0, bytes.length - removed);
+
+/** How a layer is compressed, and how the fetch must end. */
+// deno-fmt-ignore
+const COMPRESSIONS: [name: string, ending: "right" | `integrity${string}`, compress: (tar: Bytes) => Bytes][] = [
+  ["no compression", "right", (tar) => tar],
+  ["gzip", "right", gzip],
+  ["gzip of three members, one of them empty", "right", (tar) => gzipMembers(first(tar), NOTHING, second(tar))],
+  ["gzip of an empty member first", "right", (tar) => gzipMembers(NOTHING, tar)],
+  ["gzip with every optional header field", "right", gzipWithAllFields],
+  ["gzip and zeros after it", "right", (tar) => concat(gzip(tar), new Uint8Array(2000))],
+  ["gzip and garbage after it", "integrity", (tar) => concat(gzip(tar), "garbage")],
+  ["gzip with a wrong CRC", "integrity", (tar) => flip(gzip(tar), -8)],
+  ["gzip with a wrong length", "integrity", (tar) => flip(gzip(tar), -1)],
+  ["gzip with a wrong CRC in the first member", "integrity", (tar) =>
+    concat(flip(gzip(first(tar)), -8), gzip(second(tar)))],
+  ["gzip with a flipped bit in the data", "integrity", (tar) => flip(gzip(tar), gzip(tar).length >> 1)],
+  ["gzip with an unknown method", "integrity", (tar) => flip(gzip(tar), 2)],
+  ["gzip that ends in the magic number", "integrity", (tar) => gzip(tar).subarray(0, 1)],
+  ["gzip that ends after the magic number", "integrity", (tar) => gzip(tar).subarray(0, 2)],
+  ["gzip that ends in the header", "integrity", (tar) => gzip(tar).subarray(0, 7)],
+  ["gzip that ends after the header", "integrity", (tar) => gzip(tar).subarray(0, 10)],
+  ["gzip that ends in the data", "integrity", (tar) => first(gzip(tar))],
+  ["gzip that ends before the CRC", "integrity", (tar) => cut(gzip(tar), 8)],
+  ["gzip that ends in the CRC", "integrity", (tar) => cut(gzip(tar), 6)],
+  ["gzip that ends in the length", "integrity", (tar) => cut(gzip(tar), 1)],
+  ["gzip that ends between members", "integrity", (tar) => gzip(first(tar))],
+  ["gzip that ends in a later header", "integrity", (tar) => concat(gzip(tar), gzip(tar).subarray(0, 5))],
+  ["zstd", "right", zstd],
+  ["zstd of several frames", "right", (tar) => concat(zstd(first(tar)), zstd(second(tar)), zstd(NOTHING))],
+  ["zstd of several frames with checksums", "right", (tar) => concat(checked(first(tar)), checked(second(tar)))],
+  ["zstd after a skippable frame, as pzstd writes it", "right", (tar) => concat(SKIPPABLE, zstd(tar))],
+  ["zstd with skippable frames between and after", "right", (tar) =>
+    concat(zstd(first(tar)), SKIPPABLE, SKIPPABLE, zstd(second(tar)), SKIPPABLE)],
+  ["zstd with an empty skippable frame", "right", (tar) => concat("\x50\x2a\x4d\x18\0\0\0\0", zstd(tar))],
+  ["zstd with a wrong checksum", "integrity", (tar) => flip(checked(tar), -1)],
+  ["zstd with a wrong checksum in the first frame", "integrity", (tar) =>
+    concat(flip(checked(first(tar)), -4), zstd(second(tar)))],
+  ["zstd with a flipped bit in the data and a checksum", "integrity", (tar) =>
+    flip(checked(tar), checked(tar).length - 50)],
+  ["zstd that ends in the magic number", "integrity", (tar) => zstd(tar).subarray(0, 3)],
+  ["zstd that ends after the magic number", "integrity", (tar) => zstd(tar).subarray(0, 4)],
+  ["zstd that ends in the frame header", "integrity", (tar) => zstd(tar).subarray(0, 5)],
+  ["zstd that ends in a block", "integrity", (tar) => first(zstd(tar))],
+  ["zstd that ends before the checksum", "integrity", (tar) => cut(checked(tar), 4)],
+  ["zstd that ends in the checksum", "integrity", (tar) => cut(checked(tar), 1)],
+  ["zstd that ends between frames", "integrity", (tar) => zstd(first(tar))],
+  ["zstd that ends in a second frame after a whole archive", "integrity", (tar) =>
+    concat(zstd(tar), cut(zstd(tar), 40))],
+  ["zstd that ends in a skippable frame", "integrity", (tar) => concat(zstd(tar), cut(SKIPPABLE, 1))],
+  ["zstd that consists of a skippable frame", "integrity", () => SKIPPABLE],
+  ["zstd and garbage after it", "integrity", (tar) => concat(zstd(tar), "garbage")],
+  ["zstd with a window of 8 MiB", "right", (tar) => zstdStored(tar, 13 << 3)],
+  ["zstd with a window of 2 GiB", "integrity: memory", (tar) => zstdStored(tar, 21 << 3)],
+  ["zstd with a reserved block type", "integrity", () => concat(ZSTD_MAGIC, new Uint8Array([0, 13 << 3, 7, 0, 0]))],
+];
+
+Deno.test("a layer is decompressed completely or refused, whatever the sizes of its chunks", async (t) => {
+  for (const [name, ending, compress] of COMPRESSIONS) {
+    await t.step(name, async () => {
+      for (const [size, chunk] of [[3000, 1], [200_000, 65_536], [200_000, Infinity]] as const) {
+        using scratch = new Scratch();
+        const tar = await makeTar([{ name: "a.whl", data: noise(size) }, { name: "b.txt", data: "text" }]);
+        const [source, options] = serveChunks(compress(tar), chunk);
+        if (ending !== "right") await assertRefused(source, ending, options);
+        else {
+          await fetchInTime(source, { ...options, dest: scratch.at("dest") });
+          const expected = {
+            "a.whl": `file 644 ${sha256(noise(size))}`,
+            "b.txt": `file 644 ${sha256(toBytes("text"))}`,
+          };
+          assert.deepEqual(snapshot(scratch.at("dest")), expected);
+        }
+      }
+    });
+  }
+});
+
+Deno.test("a zstd header that lies in two chunks is read in a worker, which frees a chunk after its use", async () => {
+  using scratch = new Scratch();
+  const tar = tarOf(rawHeader({ name: "a.whl", size: 25 << 20 }), new Uint8Array(25 << 20));
+  // The first block's header begins one byte before the end of the first 256 KiB.
+  const skipped = new Uint8Array((256 << 10) - 1 - 6 - 8);
+  const header = new Uint8Array(new Uint32Array([0x184d2a50, skipped.length]).buffer);
+  const source = scratch.at("layer.tar.zst", concat(header, skipped, zstdStored(tar, 13 << 3)));
+  const workerUrl = new URL("fetch_wheels.ts", import.meta.url).href;
+  const { files } = await fetchInTime(source, { dest: scratch.at("dest"), workerUrl });
+  assert.deepEqual(files.map(({ size }) => size), [25 << 20]);
+});
+
+Deno.test("a file in another format is refused with the names of file and format", async (t) => {
+  // deno-fmt-ignore
+  const table: [file: string, format: RegExp, bytes: string | Uint8Array][] = [
+    ["layer.tar.xz", /\bxz\b/, concat(new Uint8Array([0xfd]), "7zXZ\0\0\x04", noise(2000))],
+    ["layer.tar.bz2", /\bbzip2\b/, concat("BZh91AY&SY", noise(2000))],
+    ["a-1-py3-none-any.whl", /\b(?:zip|wheel)\b/, makeWheel({ name: "a", version: "1" }).bytes],
+    ["page.html", /\bHTML\b/, `<!DOCTYPE html>\n<html><body>${"Sign in ".repeat(200)}</body></html>`],
+    ["blanks.html", /\bHTML\b/, `\n  <html lang="en">${"Sign in ".repeat(200)}</html>`],
+    ["empty.tar", /\bempty\b/, ""],
+  ];
+  for (const [name, format, bytes] of table) {
+    await t.step(name, async () => {
+      using scratch = new Scratch();
+      const source = scratch.at(name, bytes);
+      const { message, hint } = await assertFails(fetchInTime(source, { dest: scratch.at("dest") }), "integrity");
+      assert(message.includes(name), message);
+      assert.match(`${message.replaceAll(name, "")} ${hint}`, format);
+      await assertRefused(source, "integrity");
+    });
+  }
+});
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 8 Archive
+// ---------------------------------------------------------------------------------------------------------------------
+
+type HeaderFields = Partial<RawHeaderFields>;
+
+function head(name: string | Uint8Array, typeflag: string, fields: HeaderFields = {}) {
+  return rawHeader({ name, typeflag, ...fields });
+}
+
+function regular(name: string | Uint8Array, data: string | Uint8Array = "x", fields: HeaderFields = {}): Parts {
+  return [head(name, "0", { size: toBytes(data).length, ...fields }), data];
+}
+
+/** A header of this type with a body, such as an extension of the next header. */
+const meta = (typeflag: string, body: string | Uint8Array): Parts => regular("meta", body, { typeflag });
+const pax = (records: Record<string, string | Uint8Array>): Parts => meta("x", paxRecords(records));
+const gnu = (typeflag: "L" | "K", text: string): Parts => meta(typeflag, `${text}\0`);
+/** A copy of a header with other bytes from this offset on and the right checksum. */
+const patch = (header: Bytes, offset: number, bytes: Uint8Array): Bytes => {
+  const copy = new Uint8Array(header);
+  copy.set(bytes, offset);
+  fixChecksum(copy);
+  return copy;
+};
+const latin1 = (text: string): Bytes => new Uint8Array([...text].map((letter) => letter.charCodeAt(0)));
+
+const PAX_SPARSE = {
+  "0.0": { "GNU.sparse.size": "9", "GNU.sparse.numblocks": "1", "GNU.sparse.offset": "0", "GNU.sparse.numbytes": "1" },
+  "0.1": { "GNU.sparse.size": "9", "GNU.sparse.numblocks": "1", "GNU.sparse.map": "0,1", "GNU.sparse.name": "s.whl" },
+  "1.0": { "GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "9", "GNU.sparse.name": "s.whl" },
+};
+const sparse = (version: keyof typeof PAX_SPARSE, name = "s.whl") => [
+  pax({ ...PAX_SPARSE[version], path: `GNUSparseFile.0/${name}` }),
+  regular(name, version === "1.0" ? "1\n0\n1\n".padEnd(512, "\0") + "x" : "x"),
+];
+/** GNU tar's own sparse format. The map continues in a block that the header's size does not count. */
+const oldSparse = (name: string) => [
+  patch(head(name, "S", { size: 1, magic: "gnu" }), 482, new Uint8Array([1])),
+  new Uint8Array(512),
+  "x",
+];
+
+const LONG = `${"long-directory/".repeat(9)}${"n".repeat(120)}.whl`;
+/** What a tree holds, with the directories above this path. */
+const below = (path: string, text: string): Record<string, string> =>
+  Object.fromEntries([...path.matchAll(/\//g)].map(({ index }) => [path.slice(0, index), "/"]).concat([[path, text]]));
+const LONG_THERE = below(LONG, "x");
+const ONLY_WHEELS = { include: ["*.whl"] };
+const NESTED = tarOf(pax({ size: "abc" }), regular("s", "x", { typeflag: "S" }), regular("/../evil"), head("m", "M"));
+const MIB = 1 << 20;
+
+/** Archives after `good.whl`, and what is there afterwards. Null stands for a member that is skipped and reported. */
+// deno-fmt-ignore
+const ACCEPTED: [name: string, there: Record<string, string | null>, parts: Parts, options?: FetchWheelsOptions][] = [
+  // Names
+  ["a long name in PAX", LONG_THERE, [pax({ path: LONG }), regular("cut")]],
+  ["a long name in PAX whose short form ends in a slash", LONG_THERE, [pax({ path: LONG }), regular("long-directory/")]],
+  ["a long name of GNU", LONG_THERE, [gnu("L", LONG), regular("cut", "x", { magic: "gnu" })]],
+  ["a long name of GNU without a NUL", LONG_THERE, [meta("L", LONG), regular("cut", "x", { magic: "gnu" })]],
+  ["a PAX path before a GNU long name, which loses", { b: "x" }, [pax({ path: "b" }), gnu("L", "c"), regular("d")]],
+  ["a PAX path after a GNU long name, which loses", { b: "x" }, [gnu("L", "c"), pax({ path: "b" }), regular("d")]],
+  ["a long name, which does not affect the second next member", { b: "x", c: "x" },
+    [gnu("L", "b"), regular("d"), regular("c")]],
+  ["a PAX path, which does not affect the second next member", { b: "x", c: "x" },
+    [pax({ path: "b" }), regular("d"), regular("c")]],
+  ["a long link of GNU", { ...LONG_THERE, l: "x" },
+    [gnu("L", LONG), regular("cut"), gnu("K", LONG), hardlink("l", "cut")]],
+  ["a long symlink of GNU and its long name", { ...below(LONG, "-> good.whl") },
+    [gnu("K", "good.whl"), gnu("L", LONG), symlink("cut", "no")]],
+  ["a PAX linkpath of a hard link", { h: "good.whl" }, [pax({ linkpath: "good.whl" }), hardlink("h", "none")]],
+  ["a PAX linkpath of a symlink", { l: "-> good.whl" }, [pax({ linkpath: "good.whl" }), symlink("l", "none")]],
+  ["a PAX linkpath before a GNU long link, which loses", { l: "-> good.whl" },
+    [pax({ linkpath: "good.whl" }), gnu("K", "none"), symlink("l", "none")]],
+  ["a name in UTF-8", { "käse-寿司.whl": "x" }, [regular("käse-寿司.whl")]],
+  ["a name in UTF-8 in PAX", { "käse-寿司.whl": "x" }, [pax({ path: "käse-寿司.whl" }), regular("k")]],
+  ["U+FFFD in a name", { "\ufffd.whl": "x" }, [regular("\ufffd.whl")]],
+  ["a name with a byte order mark beside one without", { "\ufeffb.whl": "bom", "b.whl": "x" },
+    [regular("\ufeffb.whl", "bom"), regular("b.whl")]],
+  ["a byte order mark in a PAX path", { "\ufeffb.whl": "x" }, [pax({ path: "\ufeffb.whl" }), regular("b")]],
+  ["a line break in a PAX path", { "two\nlines.whl": "x" }, [pax({ path: "two\nlines.whl" }), regular("b")]],
+  ["an equals sign in a PAX path", { "b=c=.whl": "x" }, [pax({ path: "b=c=.whl" }), regular("b")]],
+  ["a name of 100 bytes", { ["n".repeat(100)]: "x" }, [regular("n".repeat(100))]],
+  ["a ustar prefix", below("a/b/c", "x"), [regular("c", "x", { prefix: "a/b" })]],
+  ["a prefix without POSIX magic, which is not one", { b: "x", c: "x" },
+    [regular("b", "x", { prefix: "14652023410", magic: "gnu" }), regular("c", "x", { prefix: "a", magic: "v7" })]],
+  ["a v7 header", { b: "x" }, [regular("b", "x", { magic: "v7", typeflag: "\0" })]],
+  ["names that end in a slash", { d: "/", e: "/" }, [regular("d/", "", { magic: "v7", typeflag: "\0" }), regular("e/", "")]],
+  ["absolute names", { w: "/", "w/a.whl": "x", "b": "x", ...below("nix/store/c", "x") },
+    [directory("/"), regular("/w/a.whl"), pax({ path: "//b" }), regular("b"), gnu("L", "/nix/store/c"), regular("c")]],
+  ["an absolute name by prefix", below("tmp/b", "x"), [regular("b", "x", { prefix: "/tmp" })]],
+  ["absolute targets of hard links", { w: "/", "w/a": "x", h: "x", i: "x" },
+    [regular("/w/a"), hardlink("/h", "/w/a"), pax({ linkpath: "/w/a" }), hardlink("i", "no")]],
+  ["a leading ./ and more slashes", { s: "/", "s/b": "x" }, [directory("./"), directory("./s/"), regular(".//s//./b")]],
+  // Records
+  ["a PAX comment with a line break and the like of a size", { b: "", c: "Sx" },
+    [pax({ comment: "\n12 size=512" }), regular("b", ""), regular("c", "Sx")]],
+  ["a PAX comment that is not UTF-8 and has a NUL", { b: "x" }, [pax({ comment: latin1("\xff\0=") }), regular("b")]],
+  ["a PAX header of 1 MiB", { b: "x" }, [pax({ comment: "y".repeat(MIB - " comment=".length - 9) }), regular("b")]],
+  ["a size in PAX", { b: "x".repeat(600) }, [pax({ size: "600" }), head("b", "0"), "x".repeat(600)]],
+  ["a size in PAX with zeros before it", { b: "x".repeat(600) },
+    [pax({ size: "600".padStart(30, "0") }), head("b", "0"), "x".repeat(600)]],
+  ["empty PAX records, which have no effect", { b: "x" },
+    [pax({ path: "", linkpath: "", size: "", mtime: "" }), regular("b")]],
+  ["a global PAX header", { b: "x" }, [meta("g", paxRecords({ comment: "0123abc", mtime: "1" })), regular("b")]],
+  // Numbers
+  ["numbers in base 256", { b: "x" },
+    [regular("b", "x", { size: base256(1, 12), mode: base256(0o644, 8), mtime: base256(1, 12), uid: base256(5e6, 8),
+    gid: base256(5e6, 8) })]],
+  ["a negative owner", { b: "x" }, [regular("b", "x", { uid: -1, gid: -2 })]],
+  ["a size between blanks", { b: "x", c: "x", d: "" },
+    [regular("b", "x", { size: "          1 " }), regular("c", "x", { size: "1 " }),
+    regular("d", "", { size: " ".repeat(12) })]],
+  ["a size of twelve digits, or of none", { b: "x", c: "" },
+    [regular("b", "x", { size: "000000000001" }), head("c", "0", { size: "" })]],
+  ["a checksum of signed bytes", { "käse": "x" }, [regular("käse", "x", { checksum: "signed" })]],
+  // Types
+  ["an empty file", { b: "" }, [regular("b", "")]],
+  ["an empty directory", { sub: "/" }, [directory("sub/")]],
+  ["a contiguous file", { b: "x" }, [regular("b", "x", { typeflag: "7" })]],
+  ["directories and links that have a size", { d: "/", h: "good.whl", l: "-> good.whl", b: "x" },
+    [head("d", "5", { size: 9 }), head("h", "1", { linkname: "good.whl", size: 9 }),
+    head("l", "2", { linkname: "good.whl", size: 600 }), regular("b")]],
+  ["devices and a FIFO", { n3: null, n4: null, n6: null, b: "x" },
+    [["3", "4", "6"].map((type) => head(`n${type}`, type)), regular("b")]],
+  ["a GNU volume label", { "Backup 1": null, b: "x" }, [head("Backup 1", "V"), regular("b")]],
+  ["unknown types with bodies", { D: null, X: null, A: null, N: null, M: null, Z: null, b: "x" },
+    [[..."DXANMZ"].map((type) => regular(type, noise(700), { typeflag: type })), regular("b")]],
+  ["an archive as a member", { "in.tar": new TextDecoder().decode(NESTED), b: "x" },
+    [regular("in.tar", NESTED), regular("b")]],
+  ["an archive as a skipped member", { ".in.tar": null, b: "x" }, [regular(".in.tar", NESTED), regular("b")]],
+  // Members that are not selected
+  ["sparse files that are not selected", { "s.img": null, "GNUSparseFile.0/s.img": null, "b.whl": "x" },
+    [oldSparse("s.img"), sparse("1.0", "s.img"), regular("b.whl")], ONLY_WHEELS],
+  ["a name that is not UTF-8 and not selected", { ".cache": null, "b": "x" },
+    [directory(".cache"), regular(latin1(".cache/\xff")), pax({ path: latin1(".cache/\xfe") }), regular("c"), regular("b")]],
+  ["a hard link to nothing that is not selected", { h: null }, [hardlink("h", "none")], ONLY_WHEELS],
+  ["an absolute symlink that is not selected", { bin: null, "bin/python": null },
+    [directory("bin"), symlink("bin/python", "/usr/bin/python3")], ONLY_WHEELS],
+  ["a component that begins with a dot", { ".hidden": null, "a.b": "x" }, [regular(".hidden"), regular("a.b")]],
+  ["a directory that begins with a dot", { ".d": null, ".d/b": null }, [directory(".d"), regular(".d/b")]],
+  ["whiteouts", { s: "/", "s/.wh.b": null, "s/.wh..wh..opq": null },
+    [directory("s"), regular("s/.wh.b"), regular("s/.wh..wh..opq")]],
+  // Several members of one name, and links
+  ["duplicates, of which the last wins", { b: "last", c: "x" }, [regular("b", "first"), regular("c"), regular("b", "last")]],
+  ["a directory twice", { d: "/", "d/b": "x" }, [directory("d"), regular("d/b"), directory("d")]],
+  ["a symlink that a file replaces", { b: "x" }, [symlink("b", "good.whl"), regular("b")]],
+  ["a file that a symlink replaces", { b: "-> good.whl" }, [regular("b"), symlink("b", "good.whl")]],
+  ["a hard link that a file replaces", { b: "x", c: "y" }, [regular("b"), hardlink("c", "b"), regular("c", "y")]],
+  ["a hard link whose first name a file replaces", { b: "y", c: "x" }, [regular("b"), hardlink("c", "b"), regular("b", "y")]],
+  ["hard links", { h: "good.whl", s: "/", "s/h": "good.whl" }, [hardlink("h", "./good.whl"), hardlink("s/h", "h")]],
+  ["symlinks inside", { l: "-> good.whl", s: "/", "s/up": "-> ../l" },
+    [symlink("l", "good.whl"), symlink("s/up", "../l")]],
+  ["a symlink to nothing inside", { l: "-> s/none" }, [symlink("l", "s/none")]],
+  ["a symlink inside through another", { a: "/", "a/b": "/", c: "-> a/b", l: "-> c/../../good.whl" },
+    [directory("a/b"), symlink("c", "a/b"), symlink("l", "c/../../good.whl")]],
+  // The end
+  ["zeros after the end marker", { b: "x" }, [regular("b"), new Uint8Array(20 * 512)]],
+  ["garbage and members after the end marker", { b: "x" }, [regular("b"), new Uint8Array(1024), "garbage", regular("../c")]],
+  ["an end marker of one block, as GNU tar and bsdtar accept it", { b: "x" },
+    [regular("b"), new Uint8Array(512), regular("../c")]],
+];
+
+Deno.test("an archive is accepted with", async (t) => {
+  for (const [name, there, parts, options = {}] of ACCEPTED) {
+    await t.step(name, async () => {
+      using scratch = new Scratch();
+      const tar = tarOf(regular("good.whl", "good.whl"), ...parts);
+      const rows = Object.entries({ "good.whl": "good.whl", ...there });
+      const expected = Object.fromEntries(rows.filter(([, text]) => text !== null));
+      const paths = Object.keys(expected).filter((path) => expected[path] !== "/").sort();
+      Deno.mkdirSync(scratch.at("there"));
+      const sources: [string, FetchWheelsOptions][] = [
+        [scratch.at("layer.tar", tar), { dest: scratch.at("absent") }],
+        [scratch.at("layer.tar"), { dest: scratch.at("there") }],
+        [scratch.at("layer.tar"), { list: true }],
+        [scratch.at("layer.tar.zst", zstd(tar)), { dest: scratch.at("zstd") }],
+      ];
+      const [url, serve] = serveChunks(tar, tar.length > MIB ? 4093 : 1);
+      sources.push([url, { ...serve, dest: scratch.at("chunks") }]);
+      for (const [source, { dest, ...rest }] of sources) {
+        const result = await fetchInTime(source, { dest, ...rest, ...options });
+        if (dest !== undefined) assert.deepEqual(contents(dest), expected);
+        const found = result.files.map(({ path }) => path);
+        // A list may contain duplicates.
+        assert.deepEqual((rest.list ? [...new Set(found)] : found).sort(), paths);
+        assert.equal(
+          result.bytes,
+          Deno.statSync(scratch.at(source.endsWith("zst") ? "layer.tar.zst" : "layer.tar")).size,
+        );
+        const skipped = result.skipped.map(({ path }) => path).filter((path) => !path.includes("\ufffd"));
+        assert.deepEqual(skipped, rows.filter(([, text]) => text === null).map(([path]) => path));
+        for (const { reason } of result.skipped) assert.match(reason, /\w/);
+      }
+      const names = [...Deno.readDirSync(scratch.path)].map(({ name }) => name).sort();
+      assert.deepEqual(names, ["absent", "chunks", "layer.tar", "layer.tar.zst", "there", "zstd"]);
+    });
+  }
+});
+
+const BAD_SIZES = ["abc", "-1", "1e0", "0x1", "1.0", "+1", " 1", "1 ", "1\n", "NaN", "Infinity", "9".repeat(30)];
+const BAD_RECORDS = [
+  "0 a=b\n",
+  "5 a=b\n",
+  "7 a=b\n",
+  "-6 a=b\n",
+  "6 a=bX",
+  "x a=b\n",
+  "a=b\n",
+  "6 aab\n",
+  `${"9".repeat(30)} a=b\n`,
+];
+
+/** Archives after `good.whl` that are refused: the error's kind, and words that the message or the hint contains. */
+// deno-fmt-ignore
+const REFUSED: [name: string, failure: string, parts: Parts, options?: FetchWheelsOptions][] = [
+  // Names and links that lead outside
+  ["a path of ..", "unsafe", [directory("..")]],
+  ["a path that begins with ..", "unsafe", [regular("../evil.whl")]],
+  ["a path with .. in it that stays inside", "unsafe", [regular("sub/../evil.whl")]],
+  ["a path that ends in ..", "unsafe", [directory("sub/..")]],
+  ["an absolute path with ..", "unsafe", [regular("/../evil.whl")]],
+  ["a path with .. after ./", "unsafe", [regular("./../evil.whl")]],
+  ["a path with .. by prefix", "unsafe", [regular("evil.whl", "x", { prefix: ".." })]],
+  ["a path with .. in PAX", "unsafe", [pax({ path: "../evil.whl" }), regular("a.whl")]],
+  ["a path with .. in a GNU long name", "unsafe", [gnu("L", "../evil.whl"), regular("a.whl")]],
+  ["a path with .. that is not selected", "unsafe", [regular(".wh.x/../../evil")]],
+  ["a path with .. and a line break", "unsafe", [regular("two\nlines/../../evil")]],
+  ["a device outside", "unsafe", [head("../null", "3")]],
+  ["a NUL in a PAX path", "unsafe", [pax({ path: "evil.whl\0.txt" }), regular("a.whl")]],
+  ["an absolute symlink", "unsafe: --include '*.whl'", [symlink("bin/python", "/usr/bin/python3")]],
+  ["an absolute symlink in PAX", "unsafe: --include '*.whl'",
+    [pax({ linkpath: "/etc/passwd" }), symlink("link", "good.whl")]],
+  ["an absolute symlink in a GNU long link", "unsafe: --include '*.whl'",
+    [gnu("K", "/etc/passwd"), symlink("link", "good.whl")]],
+  ["a symlink to the directory above", "unsafe: --include '*.whl'", [symlink("link", "..")]],
+  ["a symlink outside from a subdirectory", "unsafe", [symlink("sub/link", "../../evil")]],
+  ["a symlink outside and in again", "unsafe", [symlink("link", "../there/good.whl")]],
+  ["a symlink outside through another", "unsafe", [symlink("deep/up", ".."), symlink("deep/out", "up/../evil")]],
+  ["a symlink outside through one that comes later", "unsafe",
+    [symlink("out", "a/b/../.."), symlink("a/b", "../c"), directory("c")]],
+  ["symlinks in a circle", "unsafe", [symlink("a", "b"), symlink("b", "a")]],
+  ["a symlink, and a file through it to the outside", "unsafe", [symlink("link", "/tmp"), regular("link/evil.whl")]],
+  ["a hard link to a path with ..", "unsafe", [hardlink("link", "../evil")]],
+  ["a hard link to a symlink outside", "unsafe", [symlink("link", "/etc/passwd"), hardlink("hard", "link")]],
+  ["a symlink, and a file through it to the inside", "unsafe|integrity",
+    [directory("sub"), symlink("link", "sub"), regular("link/evil.whl")]],
+  ["a symlink, and a directory in its place", "unsafe|integrity", [symlink("link", "good.whl"), directory("link")]],
+  ["a symlink with a NUL in its target", "unsafe|integrity",
+    [pax({ linkpath: "good.whl\0x" }), symlink("link", "good.whl")]],
+  ["a symlink without a target", "unsafe|integrity", [symlink("link", "")]],
+  ["a hard link through a symlink", "unsafe|integrity",
+    [regular("sub/b"), symlink("link", "sub"), hardlink("hard", "link/b")]],
+  // Links and names that fit nothing
+  ["a hard link to nothing", "integrity: none.whl", [hardlink("link", "none.whl")]],
+  ["a hard link to what comes later", "integrity", [hardlink("link", "b"), regular("b")]],
+  ["a hard link to itself", "integrity", [hardlink("link", "link")]],
+  ["a hard link to a directory", "integrity", [directory("sub"), hardlink("link", "sub")]],
+  ["a hard link to a hidden member", "integrity: not selected",
+    [regular(".cache/b.whl"), hardlink("b.whl", ".cache/b.whl")]],
+  ["a hard link to a member that is not included", "integrity: not selected",
+    [regular("archive/b"), hardlink("b.whl", "/archive/b")], ONLY_WHEELS],
+  ["a hard link to an excluded member", "integrity: not selected", [regular("c.whl"), hardlink("b.whl", "c.whl")],
+    { exclude: ["c.*"] }],
+  ["a directory over a file", "integrity", [directory("good.whl/")]],
+  ["a file below a file", "integrity", [regular("good.whl/evil")]],
+  ["a file over a directory", "integrity", [directory("sub"), regular("sub")]],
+  ["a file over a directory that is not empty", "integrity", [regular("sub/b"), regular("sub")]],
+  ["a symlink over a directory", "integrity", [regular("sub/b"), symlink("sub", "good.whl")]],
+  ["a file without a name", "integrity", [regular(".")]],
+  ["a name that is not UTF-8", "integrity: UTF-8", [regular(latin1("\xff.whl"))]],
+  ["a PAX name that is not UTF-8", "integrity: UTF-8", [pax({ path: latin1("\xff.whl") }), regular("a")]],
+  ["a symlink whose target is not UTF-8", "integrity: UTF-8", [head("link", "2", { linkname: latin1("\xff") })]],
+  // Headers
+  ["a huge size and a short body", "integrity", [head("a.whl", "0", { size: 8 ** 11 - 1 }), "x"]],
+  ["a huger size in base 256", "integrity", [head("a.whl", "0", { size: 2 ** 62 }), "x"]],
+  ["a size in base 256 beyond 64 bits", "integrity", [head("a.whl", "0", { size: 2 ** 90 }), "x"]],
+  ["a huge size in PAX", "integrity", [pax({ size: "9".repeat(15) }), regular("a.whl")]],
+  ["a negative size in base 256", "integrity", [head("a.whl", "0", { size: -512 }), "x"]],
+  ["a negative size in base 256 that is not selected", "integrity", [head(".a", "0", { size: -512 }), "x"]],
+  ["a negative size in octal", "integrity", [head("a.whl", "0", { size: "-0000000001" }), "x"]],
+  ["a size that is not a number", "integrity", [head("a.whl", "0", { size: "twelve" }), "x"]],
+  ["a size with a digit that is not octal", "integrity", [head("a.whl", "0", { size: "00000000008" }), "x"]],
+  ...BAD_SIZES.map((size): typeof REFUSED[0] => [`a PAX size of ${JSON.stringify(size)}`, "integrity",
+    [pax({ size }), regular("a.whl")]]),
+  ...BAD_RECORDS.map((line): typeof REFUSED[0] => [`a PAX record of ${JSON.stringify(line)}`, "integrity",
+    [meta("x", line), regular("a.whl")]]),
+  ["a PAX header of more than 1 MiB", "integrity", [pax({ comment: "y".repeat(MIB) }), regular("a.whl")]],
+  ["a global PAX header of more than 1 MiB", "integrity",
+    [meta("g", paxRecords({ comment: "y".repeat(MIB) })), regular("a.whl")]],
+  ["a GNU long name of more than 1 MiB", "integrity", [gnu("L", "y".repeat(MIB)), regular("a.whl")]],
+  ["a PAX header of a huge size", "integrity", [head("p", "x", { size: 2 ** 40 })]],
+  ["a PAX header of a negative size", "integrity", [head("p", "x", { size: -1 }), regular("a.whl")]],
+  ["a wrong checksum", "integrity", [regular("a.whl", "x", { checksum: 1 })]],
+  ["noise in a header's place", "integrity", ["noise".repeat(100)]],
+  ...(["0.0", "0.1", "1.0"] as const).map((version): typeof REFUSED[0] =>
+    [`a sparse file of PAX ${version}`, "integrity: sparse", sparse(version)]),
+  ["a sparse file of old GNU", "integrity: sparse", oldSparse("a.whl")],
+];
+
+Deno.test("an archive is refused, and DEST stays as it was, for", async (t) => {
+  using scratch = new Scratch();
+  for (const [name, failure, parts, options] of REFUSED) {
+    const tar = tarOf(regular("good.whl"), ...parts);
+    await t.step(name, () => assertRefused(scratch.at("layer.tar", tar), failure, options));
+  }
+});
+
+Deno.test("an archive that is cut is refused, and DEST stays as it was", async (t) => {
+  using scratch = new Scratch();
+  const tar = tarOf(regular("good.whl"), pax({ path: "long.whl" }), regular("b.whl", "x".repeat(600)));
+  // deno-fmt-ignore
+  const places = {
+    "in the first header": 300, "before a body": 512, "in a body": 515, "in the padding of a body": 600,
+    "between two members": 1024, "in a later header": 1200, "before PAX records": 1536, "in PAX records": 1540,
+    "between PAX records and their member": 2048, "in the last body": 2700, "in the padding of the last body": 3300,
+    "before the end marker": 3584, "in the end marker": 3600,
+  };
+  assert.equal(tar.length, 3584 + 1024);
+  for (const [name, length] of Object.entries(places)) {
+    const part = tar.slice(0, length);
+    for (const [form, layer] of Object.entries({ plain: part, gzip: gzip(part), zstd: zstd(part) })) {
+      await t.step(`${name}, ${form}`, () => assertRefused(scratch.at("layer", layer), "integrity"));
+    }
+  }
+  // One zero block ends an archive for GNU tar and bsdtar as well.
+  await fetchInTime(scratch.at("layer", tar.slice(0, 4096)), { dest: scratch.at("dest") });
+});
+
+Deno.test("modes come from the archive, not from the umask; only the owner may write, and no special bit stays", () => {
+  // deno-fmt-ignore
+  const modes: [name: string, mode: number | Uint8Array, expected: number][] = [
+    ["a", 0o644, 0o644], ["b", 0o755, 0o755], ["c", 0o4755, 0o755], ["d", 0o2777, 0o755], ["e", 0o1666, 0o644],
+    ["f", 0, 0o600], ["g", 0o444, 0o644], ["h", 0o777, 0o755], ["i", 0o666, 0o644], ["j", 0o600, 0o600],
+    ["k", 0o100664, 0o644], ["l", base256(0o711, 8), 0o711], ["m", 0o111, 0o711],
+  ];
+  using scratch = new Scratch();
+  const parts = modes.map(([name, mode]) => [regular(name, "x", { mode }), head(`dir-${name}`, "5", { mode })]);
+  const program = fileURLToPath(new URL("fetch_wheels.ts", import.meta.url));
+  const command = [Deno.execPath(), "run", "-A", program, "--wheels-file", scratch.at("none/none")];
+  const args = [...command, "-d", scratch.at("dest"), scratch.at("layer.tar", tarOf(...parts))];
+  const { code, stderr } = new Deno.Command("sh", { args: ["-c", 'umask 077; exec "$@"', "sh", ...args] }).outputSync();
+  assert.equal(code, 0, new TextDecoder().decode(stderr));
+  for (const [name, , expected] of modes) {
+    const permissions = (path: string) => ((Deno.statSync(scratch.at(`dest/${path}`)).mode ?? 0) & 0o7777).toString(8);
+    assert.equal(permissions(name), expected.toString(8), name);
+    assert.equal(permissions(`dir-${name}`), (expected | 0o100).toString(8), `dir-${name}`);
+  }
+});
+
+Deno.test("times are those of the archive, and none fails an extraction", async () => {
+  // deno-fmt-ignore
+  const times: [name: string, seconds: number | undefined, parts: Parts][] = [
+    ["plain", 1_704_067_200, regular("plain")],
+    ["before 1970", -86_400, regular("before 1970", "x", { mtime: -86_400 })],
+    ["before 1970 in PAX", -1, [pax({ mtime: "-0.5" }), regular("before 1970 in PAX")]],
+    ["fraction", 1_704_067_200, [pax({ mtime: "1704067200.123456789" }), regular("fraction")]],
+    ["after 2242", 9e9, regular("after 2242", "x", { mtime: 9e9 })],
+    ["far before", undefined, regular("far before", "x", { mtime: -(2 ** 62) })],
+    ["far after", undefined, regular("far after", "x", { mtime: 2 ** 62 })],
+    ["beyond 64 bits", undefined, regular("beyond 64 bits", "x", { mtime: 2 ** 80 })],
+    ["garbage", undefined, regular("garbage", "x", { mtime: "noon" })],
+    ["empty", undefined, regular("empty", "x", { mtime: "" })],
+    ...["", "abc", "1e999", "-", ".5", "1.2.3", "9".repeat(40),
+    `-${"9".repeat(40)}`].map((mtime, at): typeof times[0] =>
+      [`pax ${at}`, undefined, [pax({ mtime, atime: mtime, ctime: mtime }), regular(`pax ${at}`)]]),
+  ];
+  using scratch = new Scratch();
+  const source = scratch.at("layer.tar", tarOf(...times.map(([, , parts]) => parts)));
+  await fetchInTime(source, { dest: scratch.at("dest") });
+  for (const [name, seconds] of times) {
+    if (seconds === undefined) continue;
+    // The file system may not support a time. It changes it in the same way for everybody.
+    const probe = scratch.at("probe", "");
+    Deno.utimeSync(probe, seconds, seconds);
+    const [actual, expected] = [scratch.at(`dest/${name}`), probe].map((path) => Number(Deno.statSync(path).mtime));
+    assert.equal(Math.floor(Number(actual) / 1000), Math.floor(Number(expected) / 1000), name);
+  }
+});
+
+Deno.test("extension headers do not accumulate in memory", async (t) => {
+  const value = "y".repeat(MIB - 100);
+  for (const typeflag of ["x", "g"]) {
+    await t.step(typeflag, async () => {
+      const before = Deno.memoryUsage().external;
+      let largest = before;
+      const chunks = function* () {
+        for (let number = 0; number < 600; number++) {
+          yield rawMembers(...flatParts(meta(typeflag, paxRecords({ [`comment.${number}`]: value }))));
+          largest = Math.max(largest, Deno.memoryUsage().external);
+        }
+        yield tarOf(regular("a.whl"));
+      };
+      const fetch = () => Promise.resolve(new Response(ReadableStream.from(chunks())));
+      using scratch = new Scratch();
+      const ending = await fetchInTime("http://127.0.0.1/layer", { fetch, dest: scratch.at("dest") })
+        .then(() => "extracted", (error) => error.kind);
+      assert.match(ending, /^(?:extracted|integrity)$/);
+      assert(largest - before < 200 * MIB, `${Math.round((largest - before) / MIB)} MiB`);
+    });
+  }
+});
+
+/** Size of a layer that is extracted in a worker. */
+const WORKER_LAYER_BYTES = 25 * MIB;
+const MODULE_URL = new URL("fetch_wheels.ts", import.meta.url).href;
+/** A hidden member that makes a layer large enough for the worker. */
+const padding = () =>
+  rawMembers(head(".padding", "0", { size: WORKER_LAYER_BYTES }), new Uint8Array(WORKER_LAYER_BYTES));
+const imageOf = (tar: Bytes) => makeImage({ layers: [noise(300_000), gzip(tar)] });
+
+type FormContext = { scratch: Scratch; registry: TestRegistry };
+
+/** The ways in which an archive reaches the reader. */
+// deno-fmt-ignore
+const FORMS: Record<string, (tar: Bytes, place: FormContext) => [source: string, options?: FetchWheelsOptions]> = {
+  "tar": (tar, { scratch }) => [scratch.at("layer.tar", tar)],
+  "tar.gz": (tar, { scratch }) => [scratch.at("layer.tar.gz", gzip(tar))],
+  "tar.zst": (tar, { scratch }) => [scratch.at("layer.tar.zst", zstd(tar))],
+  "registry": (tar, { registry }) => [serveLayer(registry, gzip(tar))],
+  "worker": (tar, { registry }) =>
+    [serveLayer(registry, concat(padding(), tar), { mediaType: MEDIA.ociLayer }), { workerUrl: MODULE_URL }],
+  "oci-archive": (tar, { scratch }) => [`oci-archive:${scratch.at("oci.tar", makeOciArchive(imageOf(tar)))}`],
+  "docker-archive": (tar, { scratch }) =>
+    [`docker-archive:${scratch.at("docker.tar", makeDockerArchive([noise(300_000), tar]))}`],
+};
+
+/** Why two members are skipped, their names, and the name of a wheel that is not. */
+interface Skip {
+  reason: string;
+  names: [skipped: string, wheel: string, skipped: string];
+  options?: FetchWheelsOptions;
+  typeflag?: string;
+}
+
+// deno-fmt-ignore
+const SKIPS: Skip[] = [
+  { reason: "a hidden name", names: [".first", "a.whl", ".cache/pip/selfcheck.json"] },
+  { reason: "--include", names: ["upper-constraints.txt", "a.whl", "second/b.txt"], options: ONLY_WHEELS },
+  { reason: "--exclude", names: ["tests/a", "a.whl", "b.txt"], options: { exclude: ["tests", "*.txt"] } },
+  { reason: "--strip-components", names: ["README", "w/a.whl", "LICENSE"], options: { stripComponents: 1 } },
+  { reason: "a device", names: ["tty", "a.whl", "null"], typeflag: "3" },
+  { reason: "an unknown type", names: ["first", "a.whl", "second"], typeflag: "Z" },
+];
+
+/** Returns a small skipped member, a wheel of this size, and a large skipped member. */
+function skippingMembers({ names: [small, wheel, large], typeflag = "0" }: Skip, size: number): Bytes[] {
+  const body = (size: number) => typeflag === "3" ? "" : noise(size);
+  const members = [
+    regular(small, body(100), { typeflag }),
+    regular(wheel, noise(size)),
+    regular(large, body(300_000), { typeflag }),
+  ];
+  return members.map((parts) => rawMembers(...flatParts(parts)));
+}
+
+Deno.test("a selected file after a skipped member is extracted completely", async (t) => {
+  for (const [form, serve] of Object.entries(FORMS)) {
+    for (const skip of SKIPS) {
+      for (const size of [1000, 1_500_000]) {
+        await t.step(`${form}, skipped for ${skip.reason}, then ${size} bytes`, async () => {
+          using scratch = new Scratch();
+          await using registry = startRegistry();
+          const tar = concat(...skippingMembers(skip, size), new Uint8Array(1024));
+          const [source, options] = serve(tar, { scratch, registry });
+          const all = { protocol: "http", dest: scratch.at("dest"), ...skip.options, ...options } as const;
+          const { skipped, files } = await fetchInTime(source, all);
+          assert.deepEqual(snapshot(scratch.at("dest")), { "a.whl": `file 644 ${sha256(noise(size))}` });
+          assert.deepEqual(files.map(({ path, size }) => [path, size]), [["a.whl", size]]);
+          const others = skipped.map(({ path }) => path).filter((path) => path !== ".padding");
+          assert.deepEqual(others, [skip.names[0], skip.names[2]]);
+        });
+      }
+    }
+  }
+});
+
+Deno.test("an archive that is damaged in or after a skipped member is refused", async (t) => {
+  const end = new Uint8Array(1024);
+  // deno-fmt-ignore
+  const damages: [damage: string, apply: (members: Bytes[]) => Bytes][] = [
+    ["cut in the first", ([small = end]) => small.subarray(0, 550)],
+    ["cut in the last", (members) => concat(...members).subarray(0, -(members.at(-1)?.length ?? 0) / 2)],
+    ["cut after the last", (members) => concat(...members)],
+    ["followed by noise", (members) => concat(...members, noise(512), end)],
+    ["followed by a bad size", (members) => concat(...members, head(".bad", "0", { size: "twelve" }), end)],
+    ["followed by a wrong checksum", (members) => concat(...members, head(".bad", "0", { checksum: 1 }), end)],
+  ];
+  for (const [form, serve] of Object.entries(FORMS)) {
+    // Two cases suffice for the worker, whose layers are large.
+    const isSlow = form === "worker";
+    for (const skip of isSlow ? SKIPS.slice(0, 1) : SKIPS) {
+      for (const [damage, apply] of isSlow ? damages.slice(1, 3) : damages) {
+        await t.step(`${form}, skipped for ${skip.reason}, ${damage}`, async () => {
+          using scratch = new Scratch();
+          await using registry = startRegistry();
+          const [source, options] = serve(apply(skippingMembers(skip, 1000)), { scratch, registry });
+          await assertRefused(source, "integrity", { protocol: "http", ...skip.options, ...options });
+        });
+      }
+    }
+  }
+});
+
+Deno.test("an image archive is refused when it is damaged or when its links lead in a circle", async (t) => {
+  using scratch = new Scratch();
+  const tar = tarOf(regular("a.whl"));
+  const archives = { "oci-archive": makeOciArchive(imageOf(tar)), "docker-archive": makeDockerArchive([NOISE, tar]) };
+  for (const [kind, archive] of Object.entries(archives)) {
+    const offsets = headerOffsets(archive);
+    const source = (bytes: Bytes) => `${kind}:${scratch.at("bad.tar", bytes)}`;
+    for (const [at, offset] of offsets.entries()) {
+      await t.step(`${kind}, header ${at + 1}`, async () => {
+        await assertRefused(source(archive.slice(0, offset + 100)), "integrity");
+        await assertRefused(source(archive.slice(0, offset + 515)), "integrity");
+        await assertRefused(source(flip(archive, offset + 130)), "integrity");
+      });
+    }
+  }
+  const manifest = JSON.stringify([{ Config: "c.json", Layers: ["layer.tar"] }]);
+  // deno-fmt-ignore
+  const circles: [name: string, kind: string, ...parts: Parts][] = [
+    ["a manifest that links to itself", "docker-archive", symlink("manifest.json", "manifest.json")],
+    ["two links to each other", "docker-archive", symlink("manifest.json", "b"), symlink("b", "manifest.json")],
+    ["a hard link to itself", "docker-archive", hardlink("manifest.json", "manifest.json")],
+    ["a config that links to itself", "docker-archive", regular("manifest.json", manifest), symlink("c.json", "./c.json")],
+    ["an index that links to itself", "oci-archive", symlink("index.json", "index.json")],
+  ];
+  for (const [name, kind, ...parts] of circles) {
+    const source = `${kind}:${scratch.at("circle.tar", tarOf(...parts))}`;
+    await t.step(name, () => assertRefused(source, "integrity|unsafe|not-found"));
+  }
+});
+
+Deno.test("hard links share one file", async () => {
+  using scratch = new Scratch();
+  const source = scratch.at("layer.tar", tarOf(regular("b"), hardlink("c", "b")));
+  await fetchInTime(source, { dest: scratch.at("dest") });
+  assert.equal(Deno.statSync(scratch.at("dest/c")).ino, Deno.statSync(scratch.at("dest/b")).ino);
+});
+
+Deno.test("mutated archives give files or an error of the right kind, and never change DEST on failure", async () => {
+  const { cases } = await fuzz({ seed: 1, seconds: 4 });
+  assert(cases > 20, `only ${cases} cases`);
+});
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 9 Extract
+// ---------------------------------------------------------------------------------------------------------------------
+
+/** Parses members of an archive: `path` (also its text), `path=text`, `dir/`, `link->target`, `hardlink=>target`. */
+function parseMembers(text: string): TarMember[] {
+  return text.split(" ").map((word): TarMember => {
+    const [, name = "", operator, value = ""] = /^(.*?)(?:(->|=>|=)(.*))?$/.exec(word) ?? [];
+    if (operator === "->") return { name, type: "symlink", linkname: value };
+    if (operator === "=>") return { name, type: "link", linkname: value };
+    return { name, data: name.endsWith("/") ? "" : operator === "=" ? value : name };
+  });
+}
+
+/** What `contents()` returns of these files and links. */
+function treeOf(text: string): Record<string, string> {
+  const all: Record<string, string> = {};
+  for (const { name, data, type, linkname } of parseMembers(text)) {
+    for (let dir = dirname(name); dir !== "."; dir = dirname(dir)) all[dir] = "/";
+    all[name] = type === "symlink" ? `-> ${linkname}` : String(data);
+  }
+  return all;
+}
+
+/** Builds an archive of these members. */
+function layerOf(text: string): Uint8Array<ArrayBuffer> {
+  return rawTar(
+    ...parseMembers(text).flatMap(({ name, data = "", type, linkname = "" }) => {
+      if (type !== undefined) return [rawHeader({ name, linkname, typeflag: type === "link" ? "1" : "2" })];
+      if (name.endsWith("/")) return [rawHeader({ name, typeflag: "5", mode: 0o755 })];
+      return [rawHeader({ name, size: data.length }), data];
+    }),
+  );
+}
+
+function serveLayers(layers: string[], options: RegistryOptions = {}): TestRegistry {
+  return serveImage(options, makeImage({ layers: layers.map((layer) => gzip(layerOf(layer))) }));
+}
+
+/** Extracts `ns/wheels:1.0` into a directory of its own, and returns its tree, too. */
+async function extractAll(registry: TestRegistry, options: FetchWheelsOptions = {}) {
+  using scratch = new Scratch();
+  const warnings: string[] = [];
+  const result = await fetchWheels(`${registry.host}/ns/wheels:1.0`, {
+    dest: scratch.at("dest"),
+    platform: "linux/amd64",
+    protocol: "http",
+    layers: ["all"],
+    onProgress: (event) => void (event.type === "warning" && warnings.push(event.message)),
+    ...options,
+  });
+  return { ...result, warnings, tree: options.list ? {} : contents(scratch.at("dest")) };
+}
+
+/** Layers that change each other, and the files of all of them together; umoci extracts some differently. */
+const STACKS: [name: string, layers: string[], expected: string, odd?: "odd"][] = [
+  ["directories are merged, files replaced", ["w/a w/b=old", "w/b=new w/c"], "w/a w/b=new w/c"],
+  ["a whiteout removes a file", ["w/a w/b", "w/.wh.a"], "w/b"],
+  ["a whiteout removes a directory", ["w/a w/sub/b x/c", ".wh.w"], "x/c"],
+  ["a whiteout of something that does not exist", ["a", ".wh.none none/.wh.b none/c"], "a none/c"],
+  ["a file removed by one layer and added by the next", ["w/a=old w/b", ".wh.w", "w/a=new"], "w/a=new"],
+  ["a layer that occurs twice", ["a", ".wh.a b", "a"], "a b"],
+  ["a whiteout before the file of its own layer", ["w/a=old", "w/.wh.a w/a=new"], "w/a=new"],
+  ["a whiteout after the file of its own layer", ["w/a=old", "w/a=new w/.wh.a"], "w/a=new"],
+  ["a whiteout of a directory that its own layer uses", ["w/a w/sub/b", "w/new .wh.w"], "w/new"],
+  ["an opaque directory", ["w/a w/sub/b x/c", "w/ w/.wh..wh..opq w/new"], "w/new x/c"],
+  ["an opaque directory, marked last", ["w/a w/sub/b", "w/sub/new w/new w/.wh..wh..opq"], "w/new w/sub/new"],
+  ["an opaque root", ["w/a b", ".wh..wh..opq c"], "c"],
+  ["a directory replaced by a file", ["w/a w/sub/b", "w=file"], "w=file"],
+  ["a directory replaced by a link", ["w/a w/sub/b", "w->c c"], "c w->c"],
+  ["a file replaced by a directory", ["w=file", "w/ w/a"], "w/a"],
+  ["a link replaced by a file, which is not written through it", ["a link->a", "link=new"], "a link=new"],
+  ["a file replaced by a link", ["a link=file", "link->a"], "a link->a"],
+  ["a hard link to a file of an earlier layer", ["w/a", "w/b=>w/a"], "w/a w/b=w/a"],
+  ["a hard link to a link of an earlier layer", ["a b->a", "c=>b"], "a b->a c->a"],
+  ["a hard link to a file that is replaced, or removed", ["a=old c", "b=>a a=new d=>c", ".wh.c"], "a=new b=old d=c"],
+  [
+    "whiteouts of nothing, of a directory itself, and of its parent",
+    ["w/a", "w/.wh. w/.wh.. w/.wh... w/b"],
+    "w/a w/b",
+    "odd",
+  ],
+];
+
+const hasUmoci = isInPath("umoci") && isInPath("tar");
+
+/** Unpacks an image with umoci and returns its tree. */
+function unpackByUmoci(layers: string[]): Record<string, string> {
+  using scratch = new Scratch();
+  const image = makeImage({ layers: layers.map((layer) => gzip(layerOf(layer))) });
+  const annotations = { "org.opencontainers.image.ref.name": "1.0" };
+  const archive = makeOciArchive({ ...image, descriptor: { ...image.descriptor, annotations } });
+  const script = `tar xf "$1" && umoci unpack ${isRoot ? "" : "--rootless"} --image .:1.0 bundle`;
+  const args = ["-c", script, "sh", scratch.at("image.tar", archive)];
+  const { success, stderr } = new Deno.Command("sh", { args, cwd: scratch.path }).outputSync();
+  assert(success, new TextDecoder().decode(stderr));
+  return contents(scratch.at("bundle/rootfs"));
+}
+
+Deno.test(`layers are applied base first, with whiteouts${hasUmoci ? ", as umoci does" : ""}`, async (t) => {
+  for (const [name, layers, text, isUmociOdd] of STACKS) {
+    await t.step(name, async () => {
+      await using registry = serveLayers(layers);
+      const { files, tree } = await extractAll(registry);
+      assert.deepEqual(tree, treeOf(text));
+      const listed = (await extractAll(registry, { list: true })).files.map(({ path }) => path).sort();
+      const expected = Object.entries(treeOf(text)).filter(([, text]) => text !== "/").map(([path]) => path).sort();
+      assert.deepEqual([files.map(({ path }) => path).sort(), listed], [expected, expected]);
+      if (hasUmoci && isUmociOdd === undefined) assert.deepEqual(unpackByUmoci(layers), tree);
+    });
+  }
+  await t.step("in a worker", async () => {
+    const filler = new Uint8Array(25 << 20);
+    const base = rawTar(rawHeader({ name: "big", size: filler.length }), filler);
+    const layers = [base, ...["w/a w/b", "w/.wh.a big=small", "w/c=>w/b"].map(layerOf)];
+    await using registry = serveImage({}, makeImage({ layers }));
+    const workerUrl = new URL("fetch_wheels.ts", import.meta.url).href;
+    assert.deepEqual((await extractAll(registry, { workerUrl })).tree, treeOf("big=small w/b w/c=w/b"));
+    await using hostile = serveImage({}, makeImage({ layers: [...layers, layerOf("../evil")] }));
+    await failure(() => extractAll(hostile, { workerUrl }), "unsafe", /\.\.\/evil/);
+  });
+});
+
+Deno.test("thousands of members that replace each other take no longer than others", async () => {
+  const layer = Array.from({ length: 5000 }, (_, at) => `w/${at}`).join(" ");
+  await using registry = serveLayers([layer, layer, ".wh.w"]);
+  const started = performance.now();
+  const { files } = await extractAll(registry, { list: true });
+  assert.deepEqual(files, []);
+  assert(performance.now() - started < 2000, `${performance.now() - started} ms`);
+});
+
+Deno.test("whiteouts are applied before --include and --strip-components", async () => {
+  await using registry = serveLayers([
+    "wheels/a.whl wheels/b.whl old/c.whl etc/passwd",
+    "wheels/.wh.b.whl .wh.old wheels/d.whl bin/sh",
+  ]);
+  const include = ["wheels/*.whl", "old/*.whl"];
+  const { tree } = await extractAll(registry, { include, stripComponents: 1 });
+  assert.deepEqual(tree, { "a.whl": "wheels/a.whl", "d.whl": "wheels/d.whl" });
+  const { files } = await extractAll(registry, { include: ["*", ".*"] });
+  assert.deepEqual(files.map(({ path }) => path).sort(), ["bin/sh", "etc/passwd", "wheels/a.whl", "wheels/d.whl"]);
+});
+
+Deno.test("a hard link to a member that is not there says why", async (t) => {
+  const table: [layers: string[], options: FetchWheelsOptions, message: RegExp, hint: RegExp][] = [
+    [["a.whl", "b.whl=>a.whl"], { layers: ["last"] }, /"a\.whl".*not an earlier file/, /--layer all/],
+    [["a.txt b.whl=>a.txt"], { include: ["*.whl"] }, /"a\.txt".*not selected/, /select/],
+    [["w/a", "w=>w/a"], {}, /"w\/a".*not an earlier file/, /./],
+    [["a=>a"], {}, /"a"/, /./],
+  ];
+  for (const [layers, options, message, hint] of table) {
+    await t.step(layers.join(", "), async () => {
+      await using registry = serveLayers(layers);
+      assert.match((await failure(() => extractAll(registry, options), "integrity", message)).hint ?? "", hint);
+    });
+  }
+});
+
+/** Returns the size of the first file of this name below a directory, or -1. */
+function sizeBelow(dir: string, name: string): number {
+  for (const entry of Deno.readDirSync(dir)) {
+    const path = join(dir, entry.name);
+    const size = entry.name === name ? Deno.lstatSync(path).size : entry.isDirectory ? sizeBelow(path, name) : -1;
+    if (size >= 0) return size;
+  }
+  return -1;
+}
+
+Deno.test("the next layer is downloaded while the previous one is extracted", async () => {
+  using scratch = new Scratch();
+  const size = 64 << 20;
+  const first = gzip(await makeTar([{ name: "big.bin", data: new Uint8Array(size) }]));
+  const second = gzip(layerOf("a.whl"));
+  let extracted: number | undefined;
+  const onRequest = (_: Request, { path }: { path: string }) => {
+    if (path.endsWith(sha256(second))) extracted ??= sizeBelow(scratch.path, "big.bin");
+    return undefined;
+  };
+  await using registry = serveImage({ onRequest }, makeImage({ layers: [first, second] }));
+  await extractAll(registry, { dest: scratch.at("dest"), list: false }).catch(() => {});
+  assert(extracted !== undefined && extracted < size, `${extracted} of ${size} bytes were extracted`);
+  assert.equal(Deno.statSync(scratch.at("dest/big.bin")).size, size);
+});
+
+Deno.test("all layers are verified before anything is published", async () => {
+  const layers = ["a.whl", "b.whl", "c.whl"];
+  for (const bad of layers) {
+    await using registry = serveLayers(layers);
+    const digest = sha256(gzip(layerOf(bad)));
+    registry.pushBlob(gzip(layerOf("x.whl")), digest);
+    await assertRefused(`${registry.host}/ns/wheels:1.0`, "integrity", { layers: ["all"], protocol: "http" });
+  }
+});
+
+Deno.test("an image without wheels is warned about, and --layer named if there are other layers", async (t) => {
+  const table: [name: string, layers: string[], options: FetchWheelsOptions, expected: RegExp | undefined][] = [
+    ["the wheels are in another layer", ["a.whl", "notes.txt"], { layers: ["last"] }, /layer 2 of 2.*--layer all/],
+    ["all layers are selected", ["a.whl", "notes.txt"], {}, undefined],
+    ["no layer has a wheel", ["a.txt", "notes.txt"], {}, /^no wheels found$/],
+    ["the last layer has a wheel", ["notes.txt", "a.WHL"], { layers: ["last"] }, undefined],
+    ["there is one layer", ["notes.txt"], {}, /^no wheels found$/],
+    ["--list", ["notes.txt"], { list: true }, /^no wheels found$/],
+  ];
+  for (const [name, layers, options, expected] of table) {
+    await t.step(name, async () => {
+      await using registry = serveLayers(layers);
+      const { warnings } = await extractAll(registry, options);
+      if (expected === undefined) assert.deepEqual(warnings, []);
+      else assert.match(warnings.join("\n"), expected);
+    });
+  }
+});
+
+Deno.test("wheels for another machine are warned about", async (t) => {
+  const table: [platform: string, fitting: string, foreign: string][] = [
+    [
+      "linux/amd64",
+      "any manylinux_2_17_x86_64.manylinux2014_x86_64 LINUX_X86_64",
+      "linux_aarch64 win_amd64 macosx_11_0_x86_64",
+    ],
+    ["linux/arm64", "linux_aarch64 musllinux_1_2_aarch64 win_amd64.linux_aarch64", "manylinux2014_x86_64 linux_armv7l"],
+    ["linux/386", "manylinux1_i686 linux_i386", "linux_x86_64 win32"],
+    ["linux/arm/v7", "linux_armv7l musllinux_1_1_armv7l linux_armv6l linux_armv8l", "linux_aarch64"],
+    ["linux/arm/v6", "linux_armv6l", "linux_armv7l linux_armv8l"],
+    ["linux/arm/v5", "linux_armv5tel", "linux_armv6l"],
+    ["linux/loong64", "linux_loongarch64", "linux_x86_64"],
+    ["linux/mips64le", "linux_mips64 linux_mips64el", "linux_mips"],
+    ["linux/s390x", "linux_s390x", "linux_ppc64le"],
+    ["windows/amd64", "win_amd64 WIN_AMD64 any", "manylinux2014_x86_64 win32 win_arm64"],
+    ["windows/386", "win32", "win_amd64"],
+    ["darwin/arm64", "macosx_11_0_arm64 macosx_10_9_universal2", "macosx_10_9_x86_64 linux_aarch64"],
+    ["darwin/amd64", "macosx_10_9_x86_64 macosx_10_9_intel", "macosx_11_0_arm64"],
+  ];
+  for (const [platform, fitting, foreign] of table) {
+    await t.step(platform, async () => {
+      for (const tag of [...fitting.split(" "), ...foreign.split(" ")]) {
+        using scratch = new Scratch();
+        const source = scratch.at("layer.tar", layerOf(`sub/a-1-1b-cp312-cp312-${tag}.whl b.whl`));
+        const { code, stderr } = await run(["--platform", platform, "-d", scratch.at("dest"), source]);
+        assert.equal(code, 0);
+        assert.equal(/warning: .*not built for/.test(stderr), foreign.split(" ").includes(tag), `${tag}: ${stderr}`);
+        assert.doesNotMatch(stderr, /image/); // a tarball is not an image
+      }
+    });
+  }
+  await t.step("an image", async () => {
+    await using registry = serveLayers([[1, 2, 3, 4, 5].map((at) => `a-${at}-py3-none-win32.whl`).join(" ")]);
+    assert.match((await extractAll(registry)).warnings.join(), /linux\/amd64.*image.*"a-1-py3.*and 2 more$/);
+  });
+});
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 10 Publish
+// ---------------------------------------------------------------------------------------------------------------------
+
+Deno.test("publishing into DEST adds and replaces files, keeps the others, and places text files last", async () => {
+  using scratch = new Scratch();
+  const dest = scratch.at("dest");
+  scratch.at("dest/a.whl", "old");
+  scratch.at("dest/kept.whl", "kept");
+  scratch.at("dest/sub/kept.txt", "kept");
+  Deno.chmodSync(scratch.at("dest/sub"), 0o750);
+  const names = ["a.txt", "a.whl", "sub/b.txt", "sub/b.whl", "z.whl"];
+  const source = scratch.at("layer.tar", layerOf(names.map((name) => `${name}=new`).join(" ")));
+  using watcher = Deno.watchFs(dest);
+  await fetchWheels(source, { dest });
+  scratch.at("dest/over", "");
+
+  const fresh = Object.fromEntries(names.map((name) => [name, "new"]));
+  assert.deepEqual(contents(dest), { ...fresh, "kept.whl": "kept", "sub/kept.txt": "kept", sub: "/", over: "" });
+  assert.equal((Deno.statSync(scratch.at("dest/sub")).mode ?? 0) & 0o777, 0o750);
+  const appeared = new Set<string>();
+  for await (const { paths } of watcher) {
+    paths.map((path) => path.slice(dest.length + 1)).forEach((name) => names.includes(name) && appeared.add(name));
+    if (paths.some((path) => path.endsWith("/over"))) break;
+  }
+  assert.deepEqual([...appeared].map((name) => name.slice(-3)), ["whl", "whl", "whl", "txt", "txt"]);
+});
+
+Deno.test("DEST is unchanged if something stands in the way", async (t) => {
+  const table: [name: string, kind: string, make: (scratch: Scratch) => void][] = [
+    ["a directory in a file's place", "io", (scratch) => scratch.at("dest/z.whl/full", "")],
+    ["an empty directory in a file's place", "io", (scratch) => Deno.mkdirSync(scratch.at("dest/z.whl"))],
+    ["a directory in the last text's place", "io", (scratch) => Deno.mkdirSync(scratch.at("dest/y.txt"))],
+    ["a file in a directory's place", "io", (scratch) => scratch.at("dest/new", "")],
+    [
+      "a symbolic link in a directory's place",
+      "unsafe",
+      (scratch) => Deno.symlinkSync("../outside", scratch.at("dest/new")),
+    ],
+    [
+      "a dangling link in a directory's place",
+      "unsafe",
+      (scratch) => Deno.symlinkSync("../none", scratch.at("dest/new")),
+    ],
+  ];
+  for (const [name, kind, make] of table) {
+    await t.step(name, async () => {
+      using scratch = new Scratch();
+      scratch.at("outside/b.whl", "outside");
+      scratch.at("dest/a.whl", "old");
+      scratch.at("dest/sub/c.whl", "old");
+      make(scratch);
+      const source = scratch.at("layer.tar", layerOf("a.whl=new new/b.whl=new sub/c.whl=new y.txt=new z.whl=new"));
+      const before = snapshot(scratch.path);
+      await assertFails(fetchWheels(source, { dest: scratch.at("dest") }), kind);
+      assert.deepEqual(snapshot(scratch.path), before);
+    });
+  }
+});
+
+Deno.test("a symbolic link in DEST is replaced, not written through; DEST itself may be one", async () => {
+  using scratch = new Scratch();
+  scratch.at("outside.whl", "outside");
+  Deno.mkdirSync(scratch.at("real"));
+  Deno.symlinkSync("../outside.whl", scratch.at("real/a.whl"));
+  Deno.symlinkSync("real", scratch.at("dest"));
+  await fetchWheels(scratch.at("layer.tar", layerOf("a.whl=new")), { dest: scratch.at("dest") });
+  assert.deepEqual(contents(scratch.at("real")), { "a.whl": "new" });
+  assert.equal(Deno.readTextFileSync(scratch.at("outside.whl")), "outside");
+  assert.equal(Deno.readLinkSync(scratch.at("dest")), "real");
+});
+
+Deno.test("two runs to one DEST at the same time both succeed", async () => {
+  using scratch = new Scratch();
+  const sources = ["one", "two"].map((name) => scratch.at(name, layerOf(`${name}.whl both sub/${name}`)));
+  const dest = scratch.at("new/dest");
+  await Promise.all(sources.map((source) => fetchWheels(source, { dest })));
+  const expected = ["both", "one.whl", "sub", "sub/one", "sub/two", "two.whl"];
+  assert.deepEqual(Object.keys(contents(dest)).sort(), expected);
+  assert.deepEqual([...Deno.readDirSync(scratch.at("new"))].map(({ name }) => name), ["dest"]);
+});
+
+Deno.test("an abort stops a download, with its own reason, and leaves nothing", async () => {
+  await using registry = startRegistry();
+  const reference = serveLayer(registry, NOISE);
+  registry.faults = [{ kind: "stall", byte: 150_000 }];
+  using scratch = new Scratch();
+  const controller = new AbortController();
+  const reason = new Error("enough");
+  const onProgress = ({ type }: { type: string }) => type === "bytes" && controller.abort(reason);
+  for (const options of [{ signal: controller.signal, onProgress }, { signal: AbortSignal.abort(reason) }]) {
+    const fetching = fetchWheels(reference, { dest: scratch.at("new/dest"), ...options });
+    await assert.rejects(fetching, (error) => error === reason);
+    assert.deepEqual(snapshot(scratch.path), {});
+  }
+});
+
+Deno.test("the staging directory of a live run is kept, and that of a dead one removed", async () => {
+  await using registry = startRegistry();
+  const wheel = randomBytes(2 << 20);
+  const layer = gzip(await makeTar([{ name: "a.whl", data: wheel }]));
+  const reference = serveLayer(registry, layer);
+  for (const place of ["there", "absent"]) {
+    using scratch = new Scratch();
+    if (place === "there") Deno.mkdirSync(scratch.at(place));
+    const parent = place === "there" ? scratch.at(place) : scratch.path;
+    const hidden = () => [...Deno.readDirSync(parent)].map(({ name }) => name).filter((name) => name.startsWith("."));
+    registry.faults = [{ kind: "stall", byte: layer.length >> 1 }];
+    const start = async () => {
+      const before = hidden();
+      const child = spawnDeno([
+        "run",
+        ...PERMISSIONS,
+        PROGRAM,
+        "--protocol",
+        "http",
+        "-d",
+        scratch.at(place),
+        reference,
+      ]);
+      const fresh = () => hidden().find((name) => !before.includes(name)) ?? "none";
+      await waitFor(() => fresh() !== "none" && "new/a.whl" in snapshot(join(parent, fresh())));
+      return { child, staging: fresh() };
+    };
+    const live = await start();
+    const dead = await start();
+    dead.child.kill("SIGKILL");
+    await dead.child.output();
+    assert.deepEqual(hidden().toSorted(), [live.staging, dead.staging].toSorted());
+    registry.faults = [];
+    await fetchWheels(reference, { dest: scratch.at(place), protocol: "http" });
+    assert.deepEqual(hidden(), [live.staging]);
+    Deno.removeSync(scratch.at(`${place}/a.whl`));
+    registry.dropConnections();
+    const { code, stderr } = await live.child.output();
+    assert.equal(code, 0, new TextDecoder().decode(stderr));
+    assert.deepEqual(Object.keys(snapshot(scratch.path)), [place, `${place}/a.whl`]);
+    assertSame(Deno.readFileSync(scratch.at(`${place}/a.whl`)), wheel);
+  }
+});
+
+/** Replaces a function of `Deno`, or a method of `Deno.FsFile`, until disposal. */
+function stub<T extends object, K extends keyof T>(target: T, name: K, make: (original: T[K]) => T[K]): Disposable {
+  const original = target[name];
+  target[name] = make(original);
+  return { [Symbol.dispose]: () => void (target[name] = original) };
+}
+
+function systemError(code: string): Error {
+  return Object.assign(new Error(`${code} (os error)`), { code });
+}
+
+/** Makes the renames from the `first` to the `last` one fail; the others are done. */
+function failingRenames(code: string, first: number, last: number): Disposable & { count: number } {
+  const state = { count: 0 };
+  const stubbed = stub(Deno, "renameSync", (rename) => (from, to) => {
+    if (state.count++ >= first && state.count <= last + 1) throw systemError(code);
+    return rename(from, to);
+  });
+  return Object.assign(state, stubbed);
+}
+
+/** Ways to publish: into a new DEST, into one with files, and with `--clean`. */
+const PUBLICATIONS: [name: string, clean: boolean, isThere: boolean][] = [
+  ["a new DEST", false, false],
+  ["an existing DEST", false, true],
+  ["--clean", true, true],
+];
+
+/** A scratch directory with a DEST, and a source that adds, replaces and removes files of DEST. */
+function startPublication(isThere: boolean) {
+  const scratch = new Scratch();
+  const source = scratch.at("layer.tar", layerOf("a.whl=new sub/b.whl=new fresh/c.whl=new c.txt=new"));
+  const bad = scratch.at("bad.tar", "not an archive");
+  const dest = scratch.at("new/dest");
+  Deno.mkdirSync(scratch.at("new"));
+  if (isThere) {
+    ["a.whl", "sub/b.whl", "sub/kept.whl", "kept.txt"].forEach((name) => scratch.at(`new/dest/${name}`, "old"));
+  }
+  return { scratch, source, bad, dest, before: snapshot(scratch.path) };
+}
+
+const PUBLISHED = { "a.whl": "new", "sub/b.whl": "new", "fresh/c.whl": "new", "c.txt": "new", fresh: "/", sub: "/" };
+
+for (const [name, clean, isThere] of PUBLICATIONS) {
+  const expected = clean || !isThere ? PUBLISHED : { ...PUBLISHED, "sub/kept.whl": "old", "kept.txt": "old" };
+
+  Deno.test(`every rename may fail: ${name}`, async (t) => {
+    for (const code of ["EXDEV", "EBUSY", "EPERM", "EIO"]) {
+      let renames = Infinity;
+      for (let first = 0; first < renames; first++) {
+        for (const last of [first, Infinity]) {
+          await t.step(`${code} from ${first} to ${last}`, async () => {
+            const { scratch, source, dest, before } = startPublication(isThere);
+            using _ = scratch;
+            using failing = failingRenames(code, first, last);
+            const error = await fetchWheels(source, { dest, clean }).then(() => undefined, (error) => error);
+            renames = failing.count;
+            failing[Symbol.dispose]();
+            if (error === undefined) return assert.deepEqual(contents(dest), expected);
+            assert(error instanceof FetchWheelsError && error.kind === "io", `${error?.stack}`);
+            // What could not be put back is kept for the next run.
+            if (last === Infinity) await fetchWheels(scratch.at("bad.tar"), { dest }).catch(() => {});
+            assert.deepEqual(snapshot(scratch.path), before);
+          });
+        }
+      }
+    }
+  });
+
+  Deno.test(`a run that fails restores what a killed run had moved away: ${name}`, async () => {
+    let isKilled = true;
+    for (let renames = 1; isKilled; renames++) {
+      const { scratch, source, bad, dest, before } = startPublication(isThere);
+      using _ = scratch;
+      const script = scratch.at(
+        "killed.ts",
+        `
+        import { fetchWheels } from ${JSON.stringify(PROGRAM)};
+        const { renameSync } = Deno;
+        let left = ${renames};
+        Deno.renameSync = (from, to) => {
+          if (left-- === 0) Deno.kill(Deno.pid, "SIGKILL");
+          renameSync(from, to);
+        };
+        await fetchWheels(${JSON.stringify(source)}, { dest: ${JSON.stringify(dest)}, clean: ${clean} });`,
+      );
+      const { signal, code, stderr } = await spawnDeno(["run", "--no-check", ...PERMISSIONS, script]).output();
+      Deno.removeSync(script);
+      isKilled = signal === "SIGKILL";
+      if (!isKilled) assert.equal(code, 0, new TextDecoder().decode(stderr));
+      await assertFails(fetchWheels(bad, { dest, clean }), "integrity");
+      if (isKilled) assert.deepEqual(snapshot(scratch.path), before, `killed after ${renames} renames`);
+      else assert.deepEqual(contents(dest), expected);
+    }
+  });
+}
+
+Deno.test({
+  name: `a journal of another user is not followed${isRoot ? "" : " (needs root)"}`,
+  ignore: !isRoot,
+  async fn() {
+    using scratch = new Scratch();
+    const staging = ".dest.fetch_wheels-1-0123abcd";
+    const journal = { dest: scratch.at("home"), steps: [{ action: "take", path: "authorized_keys" }] };
+    scratch.at(`${staging}/old/0`, "evil");
+    scratch.at(`${staging}/journal`, JSON.stringify(journal));
+    scratch.at(`${staging}/lock`, "");
+    scratch.at("home/authorized_keys", "good");
+    Deno.chownSync(scratch.at(staging), 1234, 1234);
+    const before = snapshot(scratch.path);
+    await assertFails(fetchWheels(scratch.at("none.tar"), { dest: scratch.at("dest") }), "not-found");
+    assert.deepEqual(snapshot(scratch.path), before);
+    Deno.chownSync(scratch.at(staging), Deno.uid(), Deno.gid()); // so that the test can fail: its own is followed
+    await assertFails(fetchWheels(scratch.at("none.tar"), { dest: scratch.at("dest") }), "not-found");
+    assert.equal(Deno.readTextFileSync(scratch.at("home/authorized_keys")), "evil");
+  },
+});
+
+Deno.test("a file system without locks is used without them; another failure to lock leaves nothing", async (t) => {
+  const table = [["ENOSYS", 0], ["ENOLCK", 0], ["EOPNOTSUPP", 0], ["EIO", 8]] as const;
+  for (const [code, expected] of table) {
+    await t.step(code, async () => {
+      using scratch = new Scratch();
+      const source = scratch.at("layer.tar", layerOf("a.whl"));
+      scratch.at("there/old.whl", "old");
+      const before = snapshot(scratch.path);
+      using _ = stub(Deno.FsFile.prototype, "tryLockSync", () => () => {
+        throw systemError(code);
+      });
+      for (const target of ["-d there", "-d new/dest", "-o out"]) {
+        const [option = "", path = ""] = target.split(" ");
+        const { code: status, lines } = await run([option, scratch.at(path), source]);
+        assert.equal(status, expected, lines.join("\n"));
+        if (expected !== 0) assert.deepEqual(snapshot(scratch.path), before);
+        assert(!Object.keys(snapshot(scratch.path)).some((path) => path.includes("fetch_wheels")));
+      }
+    });
+  }
+});
+
+Deno.test("DEST that cannot be used fails before any request", async (t) => {
+  await using registry = startRegistry();
+  const reference = serveLayer(registry, gzip(layerOf("a.whl")));
+  using scratch = new Scratch();
+  scratch.at("file", "file");
+  Deno.symlinkSync("none", scratch.at("dangling"));
+  Deno.symlinkSync("loop", scratch.at("loop"));
+  const before = snapshot(scratch.path);
+  for (const dest of ["file", "file/below", "dangling", "dangling/below", "loop"]) {
+    await t.step(dest, async () => {
+      const error = await assertFails(fetchWheels(reference, { dest: scratch.at(dest) }), "io");
+      assert(error.message.includes(scratch.path), error.message);
+      assert.deepEqual(snapshot(scratch.path), before);
+    });
+  }
+  assert.deepEqual(registry.requests, []);
+});
+
+Deno.test("a name of 250 bytes is not too long for DEST or an output file", async () => {
+  using scratch = new Scratch();
+  const source = scratch.at("layer.tar", layerOf("a.whl"));
+  const name = "é".repeat(125);
+  await fetchWheels(source, { dest: scratch.at(name) });
+  await fetchWheels(source, { dest: scratch.at(name), clean: true });
+  assert.deepEqual(contents(scratch.at(name)), { "a.whl": "a.whl" });
+  await fetchWheels(source, { output: scratch.at(`${name}.tar`) });
+  assert.deepEqual(Object.keys(snapshot(scratch.path)).length, 4);
+});
+
+/** Starts the program without these rights of root. */
+function without(...capabilities: string[]): string[] {
+  const dropped = capabilities.map((name) => `-${name}`).join(",");
+  return isRoot ? ["setpriv", "--bounding-set", dropped, "--inh-caps", dropped] : [];
+}
+
+const hasSetpriv = !isRoot || isInstalled("setpriv");
+
+Deno.test({
+  name: `a DEST without the needed permissions fails and is unchanged${hasSetpriv ? "" : " (needs setpriv)"}`,
+  ignore: !hasSetpriv,
+  async fn() {
+    using scratch = new Scratch();
+    const source = scratch.at("layer.tar", layerOf("a.whl"));
+    scratch.at("dest/old.whl", "old");
+    const table: [mode: number, target: string[]][] = [
+      [0o555, ["-d", "dest"]],
+      [0o555, ["-d", "dest", "--clean"]],
+      [0o333, ["-d", "dest", "--clean"]],
+      [0o555, ["-d", "dest/new"]],
+      [0o555, ["-o", "dest/out"]],
+    ];
+    for (const [mode, target] of table.filter(([mode]) => isRoot || mode !== 0o333)) {
+      Deno.chmodSync(scratch.at("dest"), mode);
+      const before = snapshot(scratch.path);
+      const args = ["run", ...PERMISSIONS, PROGRAM, "--wheels-file", "no/no", ...target, source];
+      const through = without("dac_override", "dac_read_search");
+      const { code, lines } = await runDeno(args, { through, cwd: scratch.path });
+      assert.equal(code, 8, lines.join("\n"));
+      assert.match(lines[0] ?? "", /permission denied/i);
+      assert.deepEqual(snapshot(scratch.path), before);
+    }
+  },
+});
+
+/** A mounted file system; `using` unmounts it. */
+class Mount implements Disposable {
+  readonly #path: string;
+  readonly isMounted: boolean;
+
+  constructor(path: string, ...args: string[]) {
+    this.#path = path;
+    Deno.mkdirSync(path, { recursive: true });
+    this.isMounted = new Deno.Command("mount", { args: [...args, path], stderr: "null" }).outputSync().success;
+  }
+
+  [Symbol.dispose](): void {
+    if (this.isMounted) new Deno.Command("umount", { args: [this.#path] }).outputSync();
+  }
+}
+
+function tryMount(): boolean {
+  using scratch = new Scratch();
+  using mount = new Mount(scratch.path, "-t", "tmpfs", "none");
+  return mount.isMounted;
+}
+
+const canMount = isRoot && Deno.build.os === "linux" && tryMount();
+const mountHint = canMount ? "" : " (needs root and mount)";
+
+Deno.test({
+  name: `a full disk is an error, and DEST is unchanged${mountHint}`,
+  ignore: !canMount,
+  async fn(t) {
+    using scratch = new Scratch();
+    const wheel = "x".repeat(2 << 20);
+    const source = scratch.at("layer.tar", await makeTar([{ name: "a.whl" }, { name: "b.whl", data: wheel }]));
+    const small = scratch.at("small.tar", layerOf("a.whl sub/b.whl"));
+    const targets = [{ dest: "there" }, { dest: "there", clean: true }, { dest: "new/dest" }, { output: "out" }];
+    for (const { output, dest, clean } of targets) {
+      const disk = scratch.at("disk");
+      const path = (name?: string) => name && join(disk, name);
+      await t.step(`blocks: ${JSON.stringify({ output, dest, clean })}`, async () => {
+        using _ = new Mount(disk, "-t", "tmpfs", "-o", "size=1m", "none");
+        scratch.at("disk/there/a.whl", "old");
+        const before = snapshot(disk);
+        const options = { output: path(output), dest: path(dest), clean };
+        const { message } = await assertFails(fetchWheels(source, options), "io");
+        assert.match(message, /no space/);
+        assert.deepEqual(snapshot(disk), before);
+      });
+      await t.step(`inodes: ${JSON.stringify({ output, dest, clean })}`, async () => {
+        let failures = 0;
+        for (let inodes = 3;; inodes++) {
+          using _ = new Mount(disk, "-t", "tmpfs", "-o", `nr_inodes=${inodes}`, "none");
+          scratch.at("disk/there/a.whl", "old");
+          const before = snapshot(disk);
+          const options = { output: path(output), dest: path(dest), clean };
+          const error = await fetchWheels(small, options).then(() => undefined, (error) => error);
+          if (error === undefined) break;
+          assert(error instanceof FetchWheelsError && error.kind === "io", `${error?.stack}`);
+          assert.deepEqual(snapshot(disk), before, `${inodes} inodes`);
+          failures++;
+        }
+        assert(failures >= (output === undefined ? 3 : 1), `${failures}`);
+      });
+    }
+  },
+});
+
+Deno.test({
+  name: `--clean replaces a DEST that cannot be renamed${mountHint}`,
+  ignore: !canMount || !hasSetpriv,
+  async fn(t) {
+    const prepare = (scratch: Scratch, base: string) => {
+      for (const name of ["old.whl", "sub/a.whl", "sub/deep/b.whl"]) scratch.at(`${base}/dest/${name}`, "old");
+      Deno.symlinkSync("old.whl", scratch.at(`${base}/dest/link`));
+      return scratch.at(base);
+    };
+    const table: Record<string, (scratch: Scratch) => Disposable[]> = {
+      "in a lower layer of overlayfs": (scratch) => {
+        const memory = new Mount(scratch.at("memory"), "-t", "tmpfs", "none");
+        const lower = prepare(scratch, "memory/lower");
+        const [upper, work] = ["memory/upper", "memory/work"].map((name) => scratch.at(name));
+        [upper, work].forEach((path) => Deno.mkdirSync(path ?? ""));
+        const options = `lowerdir=${lower},upperdir=${upper},workdir=${work}`;
+        return [new Mount(scratch.at("place"), "-t", "overlay", "-o", options, "overlay"), memory];
+      },
+      "a bind mount": (scratch) => {
+        prepare(scratch, "other");
+        return [new Mount(scratch.at("place/dest"), "--bind", scratch.at("other/dest"))];
+      },
+      "in a sticky directory of another user": (scratch) => {
+        const place = prepare(scratch, "place");
+        [place, join(place, "dest")].forEach((path) => Deno.chownSync(path, 1234, 1234));
+        Deno.chmodSync(place, 0o1777);
+        return [];
+      },
+    };
+    for (const [name, mount] of Object.entries(table)) {
+      await t.step(name, async () => {
+        using scratch = new Scratch();
+        using mounts = new DisposableStack();
+        mount(scratch).toReversed().forEach((mounted) => mounts.use(mounted));
+        const dest = scratch.at("place/dest");
+        const before = snapshot(scratch.at("place"));
+        const clean = async (layer: string | Uint8Array) => {
+          const args = ["run", ...PERMISSIONS, PROGRAM, "--clean", "-d", dest, scratch.at("layer.tar", layer)];
+          return await runDeno(args, { through: without("fowner") });
+        };
+        assert.equal((await clean("not an archive")).code, 6);
+        assert.deepEqual(snapshot(scratch.at("place")), before);
+        const { code, stderr } = await clean(layerOf("sub=file old.whl/new.whl c.txt"));
+        assert.equal(code, 0, stderr);
+        assert.deepEqual(contents(dest), {
+          "sub": "file",
+          "old.whl": "/",
+          "old.whl/new.whl": "old.whl/new.whl",
+          "c.txt": "c.txt",
+        });
+        assert.deepEqual([...Deno.readDirSync(scratch.at("place"))].map(({ name }) => name), ["dest"]);
+      });
+    }
+  },
+});
+
+Deno.test("--clean refuses what is more than a directory of wheels; --dry-run names what it would remove", async (t) => {
+  using scratch = new Scratch();
+  const source = scratch.at("layer.tar", layerOf("a.whl"));
+  scratch.at("home/work/sub/old.whl", "old");
+  scratch.at("elsewhere/old.whl", "old");
+  Deno.symlinkSync("home", scratch.at("link"));
+  const before = snapshot(scratch.path);
+  const previous = Deno.cwd();
+  using _ = { [Symbol.dispose]: () => Deno.chdir(previous) };
+  Deno.chdir(scratch.at("home/work"));
+  const dests = [".", "..", "../../home/work", "../..", "../../link", "../../link/work", "/", scratch.at("elsewhere")];
+  for (const dest of dests) {
+    await t.step(dest.replace(scratch.path, "$HOME"), async () => {
+      for (const more of [[], ["--dry-run"]]) {
+        const env = { HOME: scratch.at("elsewhere") };
+        const { code, lines } = await run(["--clean", ...more, "-d", dest, source], { env });
+        assert.equal(code, 7, lines.join("\n"));
+        assert.match(lines[0] ?? "", /Cannot clean/);
+        assert.deepEqual(snapshot(scratch.path), before);
+      }
+    });
+  }
+  await t.step("--dry-run", async () => {
+    const { code, stderr } = await run(["--clean", "--dry-run", "-d", scratch.at("home/work/sub"), source]);
+    assert.equal(code, 0, stderr);
+    assert.match(stderr, /"old\.whl"/);
+    assert.deepEqual(snapshot(scratch.path), before);
+  });
+});
+
+Deno.test("running out of file descriptors is an error of its own, and leaves nothing", async () => {
+  await using registry = startRegistry();
+  const reference = serveLayer(registry, gzip(layerOf("a.whl sub/b.whl")));
+  using scratch = new Scratch();
+  const codes = new Set<number>();
+  for (let limit = 12; limit < 60; limit++) {
+    const through = ["bash", "-c", `ulimit -n ${limit} && exec "$@"`, "bash"];
+    const args = ["run", ...PERMISSIONS, PROGRAM, "--protocol", "http", "-d", scratch.at("new/dest"), reference];
+    const { code, stderr } = await spawnDeno(args, { through }).output();
+    const text = new TextDecoder().decode(stderr);
+    if (!text.includes("fetch_wheels: ") || text.includes("panicked")) continue; // Deno itself failed
+    codes.add(code);
+    if (code === 0) break;
+    assert.equal(code, 8, `${limit}: ${text}`);
+    assert.match(text, /too many open files/i);
+    assert.doesNotMatch(text, /retrying/);
+    assert.deepEqual(snapshot(scratch.path), {});
+  }
+  assert.deepEqual([...codes].sort(), [0, 8]);
+});
+
+Deno.test("--json to a full disk or a closed pipe exits with 8 and one line", async (t) => {
+  using scratch = new Scratch();
+  const source = scratch.at("layer.tar", layerOf("a.whl"));
+  const bad = scratch.at("bad.tar", "not an archive");
+  const scripts = { "a full disk": 'exec "$@" >/dev/full', "a closed pipe": '"$@" | true; exit "${PIPESTATUS[0]}"' };
+  for (const [name, script] of Object.entries(scripts)) {
+    await t.step(name, async () => {
+      for (const tarball of [source, bad]) {
+        const through = ["bash", "-c", script, "bash"];
+        const args = ["run", ...PERMISSIONS, PROGRAM, "--json", "-q", "-d", scratch.at("dest"), tarball];
+        const { code, lines } = await runDeno(args, { through });
+        assert.equal(code, 8, lines.join("\n"));
+        assert.equal(lines.filter((line) => line.includes("stdout")).length, 1, lines.join("\n"));
+      }
+    });
+  }
+});
+
+Deno.test("an output file receives the tarball as it is, or nothing", async (t) => {
+  await using registry = startRegistry();
+  using scratch = new Scratch();
+  const output = scratch.at("out.tar.gz");
+  const layer = gzip(await makeTar(GOOD));
+  await t.step("a wrong size, no file before", async () => {
+    await assertFails(fetchWheels(serveLayer(registry, layer, { size: 9 }), { output }), "integrity");
+    assert.deepEqual(snapshot(scratch.path), {});
+  });
+  await t.step("right", async () => {
+    const result = await fetchWheels(serveLayer(registry, layer), { output });
+    assert.deepEqual(Object.keys(snapshot(scratch.path)), ["out.tar.gz"]);
+    assert.deepEqual(Deno.readFileSync(output), layer);
+    assert.deepEqual([result.output, result.dest, result.files], [output, null, []]);
+  });
+  await t.step("a wrong digest, a file before", async () => {
+    const before = snapshot(scratch.path);
+    const digest = sha256(toBytes("other"));
+    await assertFails(fetchWheels(serveLayer(registry, layer, { digest }), { output }), "integrity");
+    assert.deepEqual(snapshot(scratch.path), before);
+  });
+  await t.step("not an archive, which does not matter", async () => {
+    await fetchWheels(serveLayer(registry, toBytes("plain text")), { output });
+    assert.equal(Deno.readTextFileSync(output), "plain text");
+  });
+  await t.step("through a symbolic link, which stays", async () => {
+    Deno.symlinkSync("out.tar.gz", scratch.at("link"));
+    await fetchWheels(serveLayer(registry, layer), { output: scratch.at("link") });
+    assert.equal(Deno.readLinkSync(scratch.at("link")), "out.tar.gz");
+    assert.deepEqual(Deno.readFileSync(output), layer);
+  });
+  await t.step("/dev/null, which stays a device", async () => {
+    await fetchWheels(serveLayer(registry, layer), { output: "/dev/null" });
+    assert(Deno.statSync("/dev/null").isCharDevice);
+  });
+  await t.step("what a killed run left is removed", async () => {
+    scratch.at(".out.tar.gz.fetch_wheels-1-0123abcd/lock", "");
+    await fetchWheels(serveLayer(registry, layer), { output });
+    assert.deepEqual(Object.keys(snapshot(scratch.path)).sort(), ["link", "out.tar.gz"]);
+  });
+  await t.step("a directory, or a file below something that is not one", async () => {
+    const before = snapshot(scratch.path);
+    for (const wrong of [scratch.path, scratch.at("none/out"), join(output, "out")]) {
+      await assertFails(fetchWheels(serveLayer(registry, layer), { output: wrong }), "io");
+      assert.deepEqual(snapshot(scratch.path), before);
+    }
+  });
+});
+
+Deno.test("an output may be a pipe, which is written to and not replaced", async (t) => {
+  const scripts = {
+    "a named pipe": 'mkfifo pipe; cat pipe > got & timeout -k 1 5 "$@" -o pipe && wait',
+    "a pipe of the shell": 'timeout -k 1 5 "$@" -o >(cat > got)',
+  };
+  for (const [name, script] of Object.entries(scripts)) {
+    await t.step(name, async () => {
+      using scratch = new Scratch();
+      const source = scratch.at("layer", "as it is");
+      const surroundings = { through: ["/bin/bash", "-c", script, "bash"], cwd: scratch.path };
+      const { code, lines } = await runDeno(["run", ...PERMISSIONS, PROGRAM, source], surroundings);
+      assert.equal(code, 0, lines.join("\n"));
+      await waitFor(() => Deno.readTextFileSync(scratch.at("got")) === "as it is");
+    });
+  }
+});
+
+/** Something that the program waits for: its arguments and surroundings, and whether the wait has begun. */
+interface Wait {
+  args: string[];
+  env?: Record<string, string>;
+  script?: string;
+  hasBegun?: () => boolean;
+}
+
+/** A registry that fails each request for the layer in this way. */
+function waitForLayer(cleanup: AsyncDisposableStack, layer: Uint8Array<ArrayBuffer>, fault: Fault): Wait {
+  const registry = cleanup.use(startRegistry());
+  const reference = serveLayer(registry, layer);
+  const digest = sha256(layer);
+  registry.faults = ({ path }) => path.endsWith(digest) ? [fault] : [];
+  return { args: [reference], hasBegun: () => paths(registry, digest).length > 0 };
+}
+
+/** Each thing that the program may wait for. Servers are added to `cleanup`. */
+const WAITS: Record<string, (scratch: Scratch, cleanup: AsyncDisposableStack) => Wait | Promise<Wait>> = {
+  "headers": (_, cleanup) => {
+    const onRequest = () => Promise.withResolvers<Response>().promise;
+    const registry = cleanup.use(startRegistry({ onRequest }));
+    return { args: [`${registry.host}/ns/wheels:1.0`], hasBegun: () => registry.requests.length > 0 };
+  },
+  "a body": (_, cleanup) => {
+    const layer = rawTar(rawHeader({ name: "a.whl", size: NOISE.length }), NOISE);
+    return waitForLayer(cleanup, layer, { kind: "stall", byte: 150_000 });
+  },
+  "ranges, and a worker": (_, cleanup) => waitForLayer(cleanup, largeLayer().bytes, { kind: "stall", byte: 3 << 20 }),
+  "the time before a retry": (_, cleanup) => {
+    return waitForLayer(cleanup, NOISE, { kind: "status", code: 503, headers: { "retry-after": "50" } });
+  },
+  "a decoder": (scratch) => {
+    const size = 2 ** 33 - 1;
+    const zeros = gzip(new Uint8Array(64 << 20));
+    const parts = Array.from({ length: size / (64 << 20) + 1 }, () => zeros);
+    return { args: ["--list", scratch.at("bomb.tar.gz", concat(gzip(rawHeader({ name: "a.whl", size })), ...parts))] };
+  },
+  "CONNECT": (_, cleanup) => {
+    const proxy = cleanup.use(startProxy({ behavior: "silent" }));
+    const args = ["--protocol", "https", "--insecure", "registry.example/ns/wheels:1.0"];
+    return { args, env: { HTTPS_PROXY: proxy.url }, hasBegun: () => proxy.requests.length > 0 };
+  },
+  "a credential helper, and its child": (scratch, cleanup) => {
+    const registry = cleanup.use(startRegistry({ auth: "basic", users: { user: "secret" } }));
+    const reference = serveLayer(registry, gzip(layerOf("a.whl")));
+    const helper = scratch.at("bin/docker-credential-hangs", '#!/bin/sh\nsleep 5 &\ntouch "$0.began"\nwait\n');
+    Deno.chmodSync(helper, 0o755);
+    scratch.at("docker/config.json", JSON.stringify({ credsStore: "hangs" }));
+    const env = { DOCKER_CONFIG: scratch.at("docker"), PATH: `${scratch.at("bin")}:${Deno.env.get("PATH")}` };
+    const hasBegun = () => Object.keys(snapshot(scratch.path)).some((path) => path.endsWith(".began"));
+    return { args: [reference], env, hasBegun };
+  },
+  "--password-stdin": (_, cleanup) => {
+    const registry = cleanup.use(startRegistry());
+    const args = ["--username", "user", "--password-stdin", `${registry.host}/ns/wheels:1.0`];
+    return { args, script: 'mkfifo in; exec "$@" 0<>in' };
+  },
+  "stdout": (scratch) => {
+    return {
+      args: ["-o", "-", scratch.at("layer.tar", new Uint8Array(1 << 20))],
+      script: 'mkfifo out; exec "$@" 1<>out',
+    };
+  },
+  "a pipe as source": () => ({ args: ["./pipe"], script: 'mkfifo pipe; exec "$@"' }),
+  "a pipe as output": (scratch) => {
+    return { args: ["-o", "pipe", scratch.at("layer.tar", layerOf("a.whl"))], script: 'mkfifo pipe; exec "$@"' };
+  },
+};
+
+/** Reports whether a process handles SIGINT; without /proc, it is taken to after a second. */
+async function handlesSignals(pid: number): Promise<boolean> {
+  try {
+    const status = Deno.readTextFileSync(`/proc/${pid}/status`);
+    const [, mask = "0"] = /^SigCgt:\s*(\S+)$/m.exec(status) ?? [];
+    return !status.startsWith("Name:\tbash") && (BigInt(`0x${mask}`) & 2n) !== 0n;
+  } catch {
+    return await new Promise((resolve) => setTimeout(() => resolve(true), 1000));
+  }
+}
+
+Deno.test("a signal ends the program within two seconds, whatever it waits for", async (t) => {
+  const codes = { SIGINT: 130, SIGTERM: 143, SIGHUP: 143 } as const;
+  const signals = ["SIGINT", "SIGTERM", "SIGHUP"] as const;
+  const table = Object.entries(WAITS).map(([name, start], at) => ({
+    name,
+    start,
+    sent: [signals[at % 3] ?? "SIGINT"],
+  }));
+  const body = WAITS["a body"];
+  assert(body !== undefined);
+  table.push(...signals.map((signal) => ({ name: "a body", start: body, sent: [signal, "SIGTERM" as const] })));
+  for (const { name, start, sent } of table) {
+    await t.step(`${sent.join(", ")} while it waits for ${name}`, async () => {
+      using scratch = new Scratch();
+      await using cleanup = new AsyncDisposableStack();
+      scratch.at("work/dest/old.whl", "old");
+      const { args, env, script = 'exec "$@"', hasBegun = () => true } = await start(scratch, cleanup);
+      const before = snapshot(scratch.at("work/dest"));
+      const target = args.some((arg) => /^(?:-o|--list)$/.test(arg)) ? [] : ["-d", "dest"];
+      const protocol = args.includes("--protocol") ? [] : ["--protocol", "http"];
+      const command = ["run", ...PERMISSIONS, "--allow-run", PROGRAM, ...protocol, ...target, ...args];
+      const through = ["bash", "-c", script, "bash"];
+      const child = spawnDeno(command, { env, cwd: scratch.at("work"), through });
+      await waitFor(async () => hasBegun() && await handlesSignals(child.pid));
+      await new Promise((resolve) => setTimeout(resolve, 100)); // so that it waits, and not only begins to
+      const started = performance.now();
+      sent.forEach((signal) => child.kill(signal));
+      const { code, stderr } = await child.output();
+      const text = new TextDecoder().decode(stderr);
+      assert(performance.now() - started < 2000, `${performance.now() - started} ms: ${text}`);
+      assert(sent.map((signal) => codes[signal]).includes(code as 130), `${code}: ${text}`);
+      if (sent.length > 1) return;
+      assert.match(text, new RegExp(sent[0] ?? ""));
+      assert.deepEqual(snapshot(scratch.at("work/dest")), before);
+      const left = [...Deno.readDirSync(scratch.at("work"))].map(({ name }) => name).filter((name) =>
+        name.startsWith(".")
+      );
+      assert.deepEqual(left, []);
+    });
+  }
+});
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 11 Command line
+// ---------------------------------------------------------------------------------------------------------------------
+
+Deno.test("--help fits 80 columns and goes to stdout", async () => {
+  const { code, stdout, stderr } = await run(["--help"]);
+  assert.deepEqual([code, stderr], [0, ""]);
+  assert(stdout.endsWith("\n") && !stdout.includes("\x1b"));
+  for (const line of stdout.split("\n")) assert(line.length <= 80, line);
+  for (const args of [["-h"], ["help"]]) assert.equal((await run(args)).stdout, stdout);
+});
+
+Deno.test("--version prints the version of deno.json", async () => {
+  for (const args of [["--version"], ["-V"], ["version"]]) {
+    const { code, stdout, stderr } = await run(args);
+    assert.deepEqual([code, stdout, stderr], [0, `fetch_wheels ${denoJson.version}\n`, ""]);
+  }
+});
+
+Deno.test("a usage error exits with 2 and says in two lines what is wrong and what to do", async (t) => {
+  using scratch = new Scratch();
+  const tarball = scratch.at("wheels.tar.gz", "");
+  const relative = tarball.slice(1); // as if the working directory were the root
+  // deno-fmt-ignore
+  const cases: [args: string[], expected: RegExp, env?: Record<string, string>][] = [
+    [[], /: no image given: pass SOURCE, set \$WHEELS, or create \/nowhere\/wheels$/m],
+    [["--dset", "x", "ns/name"], /"--dset"\n.*hint: did you mean --dest\?$/m],
+    [["--pasword-stdin=S3CRET", "ns/name"], /unknown option "--pasword-stdin"$/m],
+    [["-x", "ns/name"], /"-x"/],
+    [["ns/name", "ns/other"], /2 sources/],
+    [["ns/name", "--dest"], /--dest/],
+    [["--protocol", "ftp", "ns/name"], /--protocol "ftp": expected http, https or detect/],
+    [["ns/name"], /\$REGISTRY_PROTOCOL "ftp"/, { REGISTRY_PROTOCOL: "ftp" }],
+    [["--retries", "many", "ns/name"], /: --retries must be a whole number from 0/],
+    [["--retries", "", "ns/name"], /: --retries must be a whole number from 0/],
+    [["--retries", "-1", "ns/name"], /: --retries must be 0 or more$/m],
+    [["--strip-components", "-1", "ns/name"], /: --strip-components must be 0 or more$/m],
+    [["--connections", "17", "ns/name"], /: --connections must be .* 1 to 16$/m],
+    [["--timeout", "0", "ns/name"], /: --timeout must be between 1 and 86400 seconds$/m],
+    [["--timeout", "soon", "ns/name"], /: --timeout must be between 1 and 86400 seconds$/m],
+    [["--layer", "0", "ns/name"], /layer "0": expected a layer number \(1 is the base\), "last", "all" or a digest$/m],
+    [["--platform", "linux", "ns/name"], /"linux"/],
+    [["--mirror", "cache.lan", "ns/name"], /"cache.lan".*\n.*https:/],
+    [["--password-stdin", "ns/name"], /--password-stdin without --username/],
+    [["--username", "u", "ns/name"], /password/],
+    [["ns/name"], /user name/, { REGISTRY_PASSWORD: "S3CRET" }],
+    [["--username", "u:v", "ns/name"], /u:v/, { REGISTRY_PASSWORD: "S3CRET" }],
+    [["-q", "-v", "ns/name"], /--quiet with --verbose/],
+    [["--list", "--dry-run", "ns/name"], /--list with --dry-run/],
+    [["-o", "out", "ns/name"], /--dest with --output/],
+    [["--dest=", "ns/name"], /--dest: its value is empty/],
+    [[""], /""/],
+    [["registry.example/Upper/case:V1"], /lower case\n.*registry\.example\/upper\/case:V1$/m],
+    [["ns/name:bad tag"], /bad tag/],
+    [["ns/name@sha256:123"], /sha256:123/],
+    [[], /bad\\ntag/, { WHEELS: "ns/name:bad\ntag" }],
+    [["docker://quay.io/ns/x:1"], /"docker:\/\/".*\n.*"quay.io\/ns\/x:1"/],
+    [["oci://dir"], /"oci:\/\/".*\n.*oci:DIR/],
+    [["dir:/tmp/x"], /"dir:".*\n.*oci:DIR/],
+    [["docker-daemon:x:1"], /"docker-daemon:".*\n.*docker-archive:FILE/],
+    [["https://user:S3CRET@[/x"], /URL/],
+    [[relative], new RegExp(`hint: .*\\./${relative}`)],
+  ];
+  const cwd = Deno.cwd();
+  Deno.chdir("/");
+  for (const [args, expected, env] of cases) {
+    await t.step(JSON.stringify([args, env ?? {}]), async () => {
+      const dest = args[1] === "--dest" || args[0] === "--dest=" ? [] : ["-d", scratch.at("dest")];
+      const { code, stdout, stderr, lines } = await run([...dest, ...args], { env });
+      assert.deepEqual([code, stdout], [2, ""], stderr);
+      assert.match(stderr, expected);
+      assert.match(lines[0] ?? "", /^fetch_wheels: (?:Cannot|no image|--[a-z-]+ must) .*[^.]$/);
+      assert.match(lines[1] ?? "", /^fetch_wheels: hint: ./);
+      if (!args.includes("-v")) assert.equal(lines.length, 2); // -v adds the stack
+      assert(!stderr.includes("S3CRET"));
+      assert.deepEqual(snapshot(scratch.path), { "wheels.tar.gz": snapshot(scratch.path)["wheels.tar.gz"] });
+    });
+  }
+  Deno.chdir(cwd);
+});
+
+Deno.test("standard output: conflicts, and a terminal that would receive a tarball", async () => {
+  using scratch = new Scratch();
+  const source = scratch.at("layer.tar", tarOf(file("a.whl")));
+  const io = { isStdoutTerminal: true };
+  const both = await run(["--json", "-o", "-", source]);
+  assert.deepEqual([both.code, JSON.parse(both.stdout).error.kind], [2, "usage"]);
+  const refused = await run(["-o", "-", source], { io });
+  assert.deepEqual([refused.code, refused.stdout], [2, ""]);
+  assert.match(refused.stderr, /terminal\n.*--output \/dev\/stdout/);
+  for (const args of [["-o", "/dev/stdout"], ["--list"], ["--list", "-o", "-"]]) {
+    const { code, stdout } = await run([...args, source], { io });
+    assert.equal(code, 0);
+    assert(stdout.includes("a.whl"));
+  }
+});
+
+/** Words and constructions that style.md rejects. */
+const POOR_ENGLISH =
+  /\b(?:told|tells?|news|whoever|is none|counts|by lot|gone on|(?<!there )is no \w+)\b|\b(?:ca|wo|does|is|do)n't\b/i;
+
+Deno.test("each kind of error has its exit code, and one line that is a full sentence", async (t) => {
   await using registry = startRegistry({
     auth: "basic",
     users: { user: "right" },
-    onRequest: (_, { path }) => path.includes("/open/") ? new Response(null, { status: 404 }) : undefined,
   });
+  await using open = startRegistry();
   using scratch = new Scratch();
-  const unused = Deno.listen({ hostname: "127.0.0.1", port: 0 });
-  const { port } = unused.addr;
-  unused.close();
-  const cases: [number, string][] = [
-    [3, scratch.at("none.tar")],
-    [3, `${registry.host}/open/none:1.0`],
-    [4, `${registry.host}/ns/wheels:1.0`],
-    [5, `127.0.0.1:${port}/ns/wheels:1.0`],
-    [6, scratch.at("broken.tar", "no archive")],
-    [7, scratch.at("unsafe.tar", tarOf(file("../evil.whl")))],
-    [8, scratch.path],
+  const stop = (kind: ErrorKind) => AbortSignal.abort(new FetchWheelsError(kind, "interrupted; DEST is unchanged"));
+  const bug = () => {
+    throw new Error("a bug\nin two lines");
+  };
+  const cases: [code: number, kind: ErrorKind, source: string, io?: Partial<Io>][] = [
+    [1, "internal", scratch.path, { env: bug }],
+    [2, "usage", "ns/name:"],
+    [3, "not-found", scratch.at("none.tar")],
+    [3, "not-found", `${open.host}/ns/none:1.0`],
+    [4, "auth", `${registry.host}/ns/wheels:1.0`],
+    [5, "network", `${await closedHost()}/ns/wheels:1.0`],
+    [6, "integrity", scratch.at("broken.tar", "not an archive")],
+    [7, "unsafe", scratch.at("unsafe.tar", tarOf(file("../evil.whl")))],
+    [8, "io", scratch.path],
+    [130, "interrupted", scratch.at("a.tar", ""), { signal: stop("interrupted") }],
+    [143, "terminated", scratch.at("a.tar", ""), { signal: stop("terminated") }],
   ];
-  for (const [expected, source] of cases) {
-    await t.step(`${expected} ${source.split("/").slice(-2).join("/")}`, async () => {
+  for (const [expected, kind, source, io] of cases) {
+    await t.step(`${kind} ${source.split("/").slice(-2).join("/")}`, async () => {
       const args = ["--retries", "0", "--protocol", "http", "-d", scratch.at("dest"), source];
-      const { code, stdout, lines } = await run(args);
-      assert.deepEqual([code, stdout], [expected, ""], lines.join("\n"));
-      assert.match(lines.findLast((line) => !line.includes(": hint: ")) ?? "", /^fetch_wheels: Cannot .+: .+[^.]$/);
-      assert(!lines.some((line) => /^fetch_wheels: +at /.test(line)));
-      const verbose = await run(["-v", ...args]);
+      const { code, stdout, lines } = await run(["--json", ...args], { io });
+      const { error } = JSON.parse(stdout);
+      assert.deepEqual([code, error.kind], [expected, kind], lines.join("\n"));
+      const errors = lines.filter((line) => !/: (?:warning|hint): /.test(line));
+      assert.deepEqual(errors, [`fetch_wheels: ${error.message}`]);
+      assert.match(error.message, /^(?:Cannot .+: .+|interrupted.*)[^.]$/);
+      if (error.hint !== null) assert.equal(lines.at(-1), `fetch_wheels: hint: ${error.hint}`);
+      for (const line of lines) assert.doesNotMatch(line, POOR_ENGLISH);
+      const verbose = await run(["-v", ...args], { io });
       assert.equal(verbose.code, expected);
       assert(verbose.lines.some((line) => /^fetch_wheels: +at /.test(line)), verbose.stderr);
     });
   }
 });
 
-Deno.test("--quiet says nothing, --verbose tells of requests, else a line a step", async () => {
-  await using registry = startRegistry();
+Deno.test("messages name the cause in the words of the style guide", async (t) => {
+  const members: TarMember[] = ["a", "b", "c", "d", "e"].map((name) => ({ name: `${name}.txt`, data: name }));
+  await using registry = serveImage({}, makeImage({ layers: [BASE, gzip(await makeTar(members))] }));
+  await using busy = startRegistry({
+    onRequest: () => new Response(null, { status: 503, headers: { "retry-after": "61" } }),
+  });
+  await using silent = startRegistry({ onRequest: () => new Promise(() => {}) });
   using scratch = new Scratch();
-  const reference = serveLayer(registry, gzip(await makeTar([...GOOD, { name: "tty", type: "character-device" }])));
-  const [quiet, normal, verbose] = await Promise.all(
-    [["-q"], [], ["-v"]].map((flags, at) =>
-      run([...flags, "--protocol", "http", "-d", scratch.at(`${at}`), reference])
-    ),
-  );
-  assert.deepEqual([quiet?.code, normal?.code, verbose?.code], [0, 0, 0]);
-  assert.deepEqual([quiet?.stdout, normal?.stdout, verbose?.stdout], ["", "", ""]);
-  assert.equal(quiet?.stderr, "");
-  assert.match(normal?.stderr ?? "", /sha256:[0-9a-f]{64}/);
-  assert.match(normal?.stderr ?? "", /tty/);
-  assert.match(normal?.lines.at(-1) ?? "", /\/1 from sha256:[0-9a-f]{64}$/);
-  assert(!normal?.stderr.includes("/v2/"));
-  assert.match(verbose?.stderr ?? "", /\/v2\/ns\/wheels\/manifests\/1\.0/);
-  assert.match(verbose?.stderr ?? "", /\/v2\/ns\/wheels\/blobs\/sha256:/);
+  const source = `${registry.host}/ns/wheels:1.0`;
+  const foreign = makeImage({ layers: [gzip(await makeTar([{ name: "a-1-cp3-cp3-linux_s390x.whl", data: "x" }]))] });
+  registry.pushImage("ns/foreign", "1.0", foreign);
+  const orphan = scratch.at("orphan.tar", tarOf(file("a.whl"), hardlink("b.whl", "x")));
+  // deno-fmt-ignore
+  const cases: [code: number, args: string[], expected: RegExp][] = [
+    [3, ["--layer", "5", source], /has 2 layers,.* no layer 5$/m],
+    [3, [`${source}x`], /hint: .*some registries answer 404 for private images/],
+    [3, ["--include", "*.nope", source], /nothing matched --include "\*\.nope" \(5 files skipped\)/],
+    [0, ["--mirror", `http://${await closedHost()}`, source], /warning: skipping mirror .*: /],
+    [5, ["--retries", "1", `${busy.host}/ns/wheels`], /server asked to wait 61 s; the limit is 60 s$/m],
+    [5, ["--timeout", "0.05", `${silent.host}/ns/wheels`], /no data received for 0\.05 s$/m],
+    [6, [orphan], /is a hard link to "x", which is not an earlier file in the archive/],
+    [0, [`${registry.host}/ns/foreign:1.0`], /wheels not built for linux\/amd64 \(wrong image\?\): .*s390x/],
+    [5, [`https://${registry.host}/layer.tar`], /hint: .*http:\/\/(?!.*--protocol)/],
+  ];
+  for (const [expected, args, message] of cases) {
+    await t.step(`${message}`, async () => {
+      const options = ["--retries", "0", "--protocol", "http", "--platform", "linux/amd64", "-d", scratch.at("dest")];
+      const { code, stderr } = await run([...options, ...args]);
+      assert.equal(code, expected, stderr);
+      assert.match(stderr, message);
+      assert.doesNotMatch(stderr, POOR_ENGLISH);
+    });
+  }
 });
 
-Deno.test("a path with a line break in it is told in one line", async () => {
+Deno.test("output that nobody reads is an error, but not of a list", async (t) => {
   using scratch = new Scratch();
-  const { code } = await run(["-d", scratch.at("two\nlines"), scratch.at("a\nb.tar", tarOf(file("c\nd"), file("e")))]);
-  assert.equal(code, 0); // and run() looks at each line
+  const source = scratch.at("layer.tar", await makeTar(GOOD));
+  const failing = (error: Error) => new WritableStream({ write: () => Promise.reject(error) });
+  const closed = new Deno.errors.BrokenPipe("Broken pipe (os error 32)");
+  const full = Object.assign(new Error("No space left on device"), { code: "ENOSPC" });
+  const cases: [code: number, args: string[], error: Error, expected: RegExp][] = [
+    [0, ["--list"], closed, /^(?!.*Cannot)/],
+    [0, ["--help"], closed, /^$/],
+    [8, ["--list"], full, /Cannot write "stdout": no space left on the disk\n$/],
+    [8, ["--json"], closed, /Cannot write "stdout": broken pipe\n$/],
+    [8, ["--json", "--bogus"], closed, /Cannot write "stdout": broken pipe\n$/],
+    [8, ["-o", "-"], closed, /Cannot write .*: broken pipe\n$/],
+  ];
+  for (const [expected, args, error, message] of cases) {
+    await t.step(`${args.join(" ")}: ${error.message}`, async () => {
+      const dest = args[0] === "-o" ? [] : ["-d", scratch.at("dest")];
+      const { code, stderr } = await run([...args, ...dest, source], { io: { stdout: failing(error) } });
+      assert.equal(code, expected, stderr);
+      assert.match(stderr, message);
+    });
+  }
+  await t.step("a reader of -o - that ends early", async () => {
+    const through = ["bash", "-c", '"$@" | head -c 1; exit "${PIPESTATUS[0]}"', "bash"];
+    const { code, stderr } = await runProgram(["-o", "-", scratch.at("large", new Uint8Array(8 << 20))], { through });
+    assert.equal(code, 8, stderr);
+    assert.match(stderr, /broken pipe/);
+  });
+});
+
+Deno.test("-q writes errors and warnings only, -v one line a request, and the last line names the digest", async () => {
+  const password = "S3CRET";
+  await using registry = startRegistry({ auth: "bearer", users: { user: password }, storage: { signed: true } });
+  using scratch = new Scratch();
+  const layer = gzip(await makeTar([...GOOD, { name: "tty", type: "character-device" }]));
+  const reference = serveLayer(registry, layer);
+  const env = { REGISTRY_USERNAME: "user", REGISTRY_PASSWORD: password };
+  const fetch = (...flags: string[]) =>
+    run([...flags, "--protocol", "http", "-d", scratch.at("dest"), reference], { env });
+  const quiet = await fetch("-q");
+  assert.deepEqual([quiet.code, quiet.stdout, quiet.stderr], [0, "", ""]);
+
+  const normal = await fetch();
+  assert.deepEqual([normal.code, normal.stdout], [0, ""]);
+  const [resolved, skipped, summary, last] = normal.lines;
+  assert.match(resolved ?? "", new RegExp(`ns/wheels:1.0: layer 1 of 1, ${sha256(layer)}, \\d+ B$`));
+  assert.match(skipped ?? "", /: skipped "tty": /);
+  assert.match(summary ?? "", /: 1 wheel, 1 other file, .* in \d\.\d s, to /);
+  assert(summary?.endsWith(` to ${scratch.at("dest")} from ${sha256(layer)}`), summary);
+  assert.match(last ?? "", new RegExp(`: resolved ${registry.host}/ns/wheels@sha256:[0-9a-f]{64}$`));
+  assert.equal(normal.lines.length, 4);
+  const pinned = await run(["--dry-run", "--protocol", "http", last?.split(" ").at(-1) ?? ""], { env });
+  assert.equal(pinned.code, 0, pinned.stderr);
+
+  registry.requests.length = 0;
+  const verbose = await fetch("-v");
+  const requests = verbose.lines.filter((line) => line.includes(" GET "));
+  assert.equal(requests.length, registry.requests.length);
+  for (const line of requests) assert.match(line, /: GET http:\S+: \d{3}(?:, \d+ bytes?)?(?:, bytes=\S+)?, \d+ ms$/);
+  for (const part of ["/token?…: 200", "/manifests/1.0: 401", "/manifests/1.0: 200", "/blobs/sha256:", ": 307"]) {
+    assert(verbose.stderr.includes(part), part);
+  }
+  const tokens = registry.requests.flatMap(({ headers }) => headers.get("authorization")?.split(" ")[1] ?? []);
+  const signatures = registry.requests.flatMap(({ origin, search }) => origin === "storage" ? search.slice(1) : []);
+  assert(tokens.length > 1 && signatures.length > 0);
+  for (const secret of [password, ...tokens, ...signatures]) assert(!verbose.stderr.includes(secret), secret);
+});
+
+Deno.test("a name with a line break stays in one line", async () => {
+  using scratch = new Scratch();
+  const source = scratch.at("a\nb.tar", tarOf(file("c\nd"), file("e.whl")));
+  const { code, lines } = await run(["-v", "-d", scratch.at("two\nlines"), source]); // run() checks each line
+  assert.equal(code, 0, lines.join("\n"));
+  assert.equal((await run(["--list", source])).stdout, "           3  c\\u000ad\n           5  e.whl\n");
+});
+
+Deno.test("one line reports a retry, with a counter", async () => {
+  await using registry = serveImage();
+  registry.faults = ({ count }) => count === 1 ? [{ kind: "reset" }] : [];
+  using scratch = new Scratch();
+  const args = ["--protocol", "http", "--layer", "1", "-d", scratch.at("dest"), `${registry.host}/ns/wheels:1.0`];
+  const { code, lines } = await run(["--platform", "linux/amd64", ...args]);
+  assert.equal(code, 0, lines.join("\n"));
+  assert.match(lines[0] ?? "", /: .+; retrying in 0\.\d s \(1\/5\)$/);
+});
+
+/** Runs a download whose second half arrives once `until` holds for stderr, which is checked after each tick. */
+async function watchDownload(
+  { columns, term, args = [], until }: { columns?: number; term?: string; args?: string[]; until?: RegExp },
+) {
+  const layer = gzip(await makeTar([{ name: "a.whl", data: randomBytes(1 << 20) }]));
+  const { promise: isReleased, resolve: release } = Promise.withResolvers<void>();
+  async function* halves() {
+    yield layer.subarray(0, layer.length >> 1);
+    await isReleased;
+    yield layer.subarray(layer.length >> 1);
+  }
+  let isAsked = false;
+  await using registry = startRegistry({
+    onRequest(_request, { path }) {
+      if (!path.endsWith(sha256(layer))) return undefined;
+      isAsked = true;
+      return new Response(ReadableStream.from(halves()), { headers: { "content-length": `${layer.length}` } });
+    },
+  });
+  using scratch = new Scratch();
+  let stderr = "";
+  let tick = () => {};
+  const intervals: number[] = [];
+  const running = main([...args, "--protocol", "http", "-d", scratch.at("dest"), serveLayer(registry, layer)], {
+    env: (name) => name === "TERM" ? term : undefined,
+    stdin: ReadableStream.from([]),
+    stdout: new WritableStream(),
+    stderr: (text) => void (stderr += text),
+    columns: () => columns,
+    every(milliseconds, callback) {
+      intervals.push(milliseconds);
+      tick = callback;
+      return { [Symbol.dispose]: () => void (tick = () => {}) };
+    },
+  });
+  await waitFor(() => {
+    tick();
+    return isAsked && (until?.test(stderr) ?? true);
+  });
+  release();
+  assert.equal(await running, 0, stderr);
+  tick(); // a timer that is disposed of does nothing
+  // deno-lint-ignore no-control-regex -- the sequences that move the cursor are what is tested
+  const drawn = [...stderr.matchAll(/\r([^\r\n]+)\x1b\[K/g)].map(([, text]) => text ?? "");
+  return { stderr, intervals, drawn };
+}
+
+Deno.test("progress is one line of the terminal's width, redrawn on a timer, and gone at the end", async (t) => {
+  const table: [columns: number, expected: RegExp][] = [
+    [80, /^fetch_wheels: [1-5]\d %, \d{3}\.\d kB of 1\.0 MB, \d+\.\d [kM]B\/s, 0:\d\d left, 0 files$/],
+    [60, /^fetch_wheels: [1-5]\d %, \d{3}\.\d kB of 1\.0 MB, 0:\d\d left$/],
+    [40, /^fetch_wheels: [1-5]\d %, 0:\d\d left$/],
+    [20, /^[1-5]\d %, 0:\d\d left$/],
+    [6, /^[1-5]\d %/],
+  ];
+  for (const [columns, expected] of table) {
+    await t.step(`${columns} columns`, async () => {
+      const { intervals, drawn, stderr } = await watchDownload({ columns, until: /\r[^\r]*[1-5]\d %/ });
+      assert.equal(intervals.length, 1);
+      assert((intervals[0] ?? 0) <= 500, `${intervals}`);
+      assert.match(drawn.findLast((text) => /[1-5]\d %/.test(text)) ?? "", expected);
+      for (const text of drawn) assert(text.length < columns, text);
+      assert.match(stderr, /\r.\[Kfetch_wheels: 1 wheel, .*\n.*\n$/);
+    });
+  }
+});
+
+Deno.test("without a terminal that can redraw, progress is one line every 30 s", async (t) => {
+  const logged = /^fetch_wheels: [1-5]\d %, \d{3}\.\d kB of 1\.0 MB, .*\/s, 0:\d\d left, 0 files$/m;
+  const table: Parameters<typeof watchDownload>[0][] = [
+    { columns: undefined },
+    { columns: 0 },
+    { columns: 80, term: "dumb" },
+    { columns: undefined, args: ["--no-progress"] },
+  ];
+  for (const settings of table) {
+    await t.step(JSON.stringify(settings), async () => {
+      const { intervals, drawn, stderr } = await watchDownload({ ...settings, until: logged });
+      assert.deepEqual([intervals, drawn, stderr.includes("\r")], [[30_000], [], false]);
+    });
+  }
+  for (const args of [["-q"], ["--no-progress"]]) {
+    await t.step(`${args} on a terminal`, async () => {
+      const { intervals, stderr } = await watchDownload({ columns: 80, args });
+      assert.deepEqual([intervals, stderr.includes("\r")], [[], false]);
+    });
+  }
 });
 
 Deno.test("-o - writes the layer as it is to stdout, and all else to stderr", async () => {
   await using registry = startRegistry();
   using scratch = new Scratch();
   const layer = toBytes("as it is\n");
-  const reference = serveLayer(registry, layer);
-  const args = ["--protocol", "http", "-o", "-", reference];
+  const args = ["--protocol", "http", "-o", "-", serveLayer(registry, layer)];
   const { code, stdout, lines } = await run(args, { env: { WHEELS_DIR: scratch.at("dest") } });
   assert.deepEqual([code, stdout], [0, "as it is\n"]);
   assert(lines.length > 0);
@@ -3297,41 +6450,28 @@ Deno.test("-o - writes the layer as it is to stdout, and all else to stderr", as
   assert.equal((await run(args)).code, 6);
 });
 
-Deno.test("-o - to a reader that goes away is no fault of the program", async () => {
-  using scratch = new Scratch();
-  const source = scratch.at("layer", new Uint8Array(8 << 20));
-  const through = ["/bin/bash", "-c", 'set -o pipefail; "$@" | head -c 1', "bash"];
-  const { code, lines } = await runDeno(["run", ...PERMISSIONS, PROGRAM, "-o", "-", source], { through });
-  assert.notEqual(code, 0);
-  assert.notEqual(code, 1, lines.join("\n"));
-});
-
-Deno.test("LOCI's variables choose source and target; options and SOURCE beat them", async (t) => {
+Deno.test("LOCI's variables give source and destination; SOURCE and options win", async (t) => {
   using scratch = new Scratch();
   const one = scratch.at("one.tar", tarOf(file("one.whl")));
   const two = scratch.at("two.tar", tarOf(file("two.whl")));
   const [a, b] = [scratch.at("a"), scratch.at("b")];
-  const cases: { name: string; args: string[]; env: Record<string, string>; there: string[] }[] = [
-    { name: "WHEELS, WHEELS_DIR", args: [], env: { WHEELS: one, WHEELS_DIR: a }, there: ["a/one.whl"] },
-    { name: "SOURCE beats WHEELS", args: [two], env: { WHEELS: one, WHEELS_DIR: a }, there: ["a/two.whl"] },
-    { name: "--dest beats WHEELS_DIR", args: ["-d", b], env: { WHEELS: one, WHEELS_DIR: a }, there: ["b/one.whl"] },
-    { name: "WHEELS_DEST", args: [], env: { WHEELS: one, WHEELS_DEST: a, WHEELS_DIR: b }, there: ["a"] },
-    { name: "--output beats WHEELS_DEST", args: ["-o", b], env: { WHEELS: one, WHEELS_DEST: a }, there: ["b"] },
-    { name: "--dest beats WHEELS_DEST", args: ["-d", b], env: { WHEELS: one, WHEELS_DEST: a }, there: ["b/one.whl"] },
-    { name: "empty is unset", args: [one], env: { WHEELS: "", WHEELS_DEST: "", WHEELS_DIR: a }, there: ["a/one.whl"] },
-  ];
   const before = snapshot(scratch.path);
-  for (const { name, args, env, there } of cases) {
-    await t.step(name, async () => {
+  const cases: [args: string[], env: Record<string, string>, created: string][] = [
+    [[], { WHEELS: one, WHEELS_DIR: a }, "a/one.whl"],
+    [[two], { WHEELS: one, WHEELS_DIR: a }, "a/two.whl"],
+    [["-d", b], { WHEELS: one, WHEELS_DIR: a }, "b/one.whl"],
+    [[], { WHEELS: one, WHEELS_DEST: a, WHEELS_DIR: b }, "a"],
+    [["-o", b], { WHEELS: one, WHEELS_DEST: a }, "b"],
+    [["-d", b], { WHEELS: one, WHEELS_DEST: a }, "b/one.whl"],
+    [[one], { WHEELS: "", WHEELS_DEST: "", WHEELS_DIR: a }, "a/one.whl"],
+  ];
+  for (const [args, env, created] of cases) {
+    await t.step(JSON.stringify([args, env]), async () => {
       const { code, stderr } = await run(args, { env });
       assert.equal(code, 0, stderr);
-      const after = Object.entries(snapshot(scratch.path)).filter(([path, entry]) =>
-        !(path in before) && entry.startsWith("file")
-      );
-      assert.deepEqual(after.map(([path]) => path), there);
-      for (const path of after.map(([path]) => path.split("/")[0] ?? "")) {
-        Deno.removeSync(scratch.at(path), { recursive: true });
-      }
+      const after = Object.entries(snapshot(scratch.path)).filter(([path]) => !(path in before));
+      assert.deepEqual(after.filter(([, entry]) => entry.startsWith("file")).map(([path]) => path), [created]);
+      Deno.removeSync(scratch.at(created.split("/")[0] ?? ""), { recursive: true });
     });
   }
 });
@@ -3343,160 +6483,157 @@ Deno.test("the wheels file gives the source, and remembers it", async (t) => {
   const wheels = scratch.at("loci/wheels", `${one}\nsecond line\n`);
   const args = ["--wheels-file", wheels, "-d", scratch.at("dest")];
   const remembered = () => Deno.readTextFileSync(wheels);
+  const fetch = async (args: string[], env?: Record<string, string>) => {
+    const { code, stderr } = await run(args, { env });
+    return code === 0 ? remembered() : `${code} ${stderr}`;
+  };
 
-  await t.step("its first line is the source, and it stays as it is", async () => {
-    assert.equal((await run(args)).code, 0);
-    assert.deepEqual(Object.keys(contents(scratch.at("dest"))), ["one.whl"]);
-    assert.equal(remembered(), `${one}\nsecond line\n`);
-  });
-  await t.step("SOURCE is written to it", async () => {
-    assert.equal((await run([...args, two])).code, 0);
-    assert.equal(remembered(), `${two}\n`);
-  });
-  await t.step("WHEELS is written to it", async () => {
-    assert.equal((await run(args, { env: { WHEELS: one } })).code, 0);
-    assert.equal(remembered(), `${one}\n`);
-  });
-  await t.step("a source that failed is not", async () => {
-    assert.equal((await run([...args, scratch.at("none.tar")])).code, 3);
-    assert.equal(remembered(), `${one}\n`);
-  });
-  await t.step("it is made where its directory exists", async () => {
-    Deno.removeSync(wheels);
-    assert.equal((await run([...args, two])).code, 0);
-    assert.equal(remembered(), `${two}\n`);
-  });
-  await t.step("and not where that does not", async () => {
+  assert.equal(await fetch(args), `${one}\nsecond line\n`);
+  assert.deepEqual(Object.keys(contents(scratch.at("dest"))), ["one.whl"]);
+  assert.equal(await fetch([...args, two]), `${two}\n`);
+  assert.equal(await fetch(args, { WHEELS: one }), `${one}\n`);
+  assert.match(await fetch([...args, scratch.at("none.tar")]), /^3 /);
+  assert.match(await fetch(["--list", ...args, two]), new RegExp(`^${one}\n$`));
+  assert.equal(remembered(), `${one}\n`);
+  Deno.removeSync(wheels);
+  assert.equal(await fetch([...args, two]), `${two}\n`);
+  await t.step("a directory that does not exist is not created", async () => {
     const { code, stderr } = await run(["--wheels-file", scratch.at("none/wheels"), "-q", ...args.slice(2), two]);
     assert.deepEqual([code, stderr], [0, ""]);
     assert.throws(() => Deno.statSync(scratch.at("none")), Deno.errors.NotFound);
   });
-  await t.step("an empty one is no source", async () => {
+  await t.step("a file that cannot be written is a warning", async () => {
+    const { code, stderr } = await run(["--wheels-file", scratch.at("dest"), "-q", ...args.slice(2), two]);
+    assert.equal(code, 0);
+    assert.match(stderr, /: warning: Cannot write .*: it is a directory; the source is not remembered\n$/);
+  });
+  await t.step("an empty file has no source", async () => {
     Deno.writeTextFileSync(wheels, "\n");
-    const { code, lines } = await run(args);
-    assert.equal(code, 2);
-    assert(lines[0]?.includes(wheels));
+    assert.match(await fetch(args), new RegExp(`^2 .*no image given: .*write an image into ${wheels}`));
   });
 });
 
-Deno.test("REGISTRY_PROTOCOL says how to speak to the registry, and --protocol beats it", async () => {
-  await using registry = startRegistry();
-  using scratch = new Scratch();
-  const reference = serveLayer(registry, gzip(await makeTar(GOOD)));
-  const args = ["--retries", "0", "-d", scratch.at("dest"), reference];
-  const codes = [
-    await run(args, { env: { REGISTRY_PROTOCOL: "https" } }),
-    await run(args, { env: { REGISTRY_PROTOCOL: "http" } }),
-    await run(["--protocol", "http", ...args], { env: { REGISTRY_PROTOCOL: "https" } }),
-    await run(["--protocol", "https", ...args], { env: { REGISTRY_PROTOCOL: "http" } }),
-  ].map(({ code }) => code);
-  assert.deepEqual(codes, [5, 0, 0, 5]);
-});
-
-Deno.test("REGISTRY_INSECURE and REGISTRY_CA_FILE make a certificate do that nobody knows", async (t) => {
+Deno.test("variables give protocol and certificates, and options win", async (t) => {
   const certificate = await makeCertificate();
-  await using registry = startRegistry({ tls: certificate });
+  await using plain = startRegistry();
+  await using secure = startRegistry({ tls: certificate });
   using scratch = new Scratch();
   const caFile = scratch.at("ca.pem", certificate.cert);
-  const reference = serveLayer(registry, gzip(await makeTar(GOOD)));
-  const cases: [number, Record<string, string>, string[]][] = [
-    ...["yes", "true", "t", "1", "YES", "True", "T"].map((text) =>
-      [0, { REGISTRY_INSECURE: text }, []] as [0, object, []]
-    ),
-    ...["no", "false", "0", ""].map((text) => [5, { REGISTRY_INSECURE: text }, []] as [5, object, []]),
-    [0, { REGISTRY_INSECURE: "no" }, ["--insecure"]],
-    [0, { REGISTRY_CA_FILE: caFile }, []],
-    [0, {}, ["--ca-file", caFile]],
-    [0, { REGISTRY_CA_FILE: "/nowhere/ca.pem" }, ["--ca-file", caFile]],
-  ] as [number, Record<string, string>, string[]][];
-  for (const [expected, env, args] of cases) {
+  const layer = gzip(await makeTar(GOOD));
+  const [http, https] = [serveLayer(plain, layer), serveLayer(secure, layer)];
+  const booleans = Object.entries({ yes: 0, true: 0, t: 0, 1: 0, YES: 0, True: 0, T: 0, no: 5, false: 5, 0: 5, "": 5 });
+  const cases: [code: number, source: string, env: Record<string, string>, args?: string[]][] = [
+    [5, http, { REGISTRY_PROTOCOL: "https" }],
+    [0, http, { REGISTRY_PROTOCOL: "http" }],
+    [0, http, { REGISTRY_PROTOCOL: "https" }, ["--protocol", "http"]],
+    [5, http, { REGISTRY_PROTOCOL: "http" }, ["--protocol", "https"]],
+    ...booleans.map(([text, code]): [number, string, object] => [code, https, { REGISTRY_INSECURE: text }]),
+    [0, https, { REGISTRY_INSECURE: "no" }, ["--insecure"]],
+    [0, https, { REGISTRY_CA_FILE: caFile }],
+    [0, https, { REGISTRY_CA_FILE: "/nowhere/ca.pem" }, ["--ca-file", caFile]],
+    [2, https, { REGISTRY_CA_FILE: scratch.at("not.pem", "text") }],
+  ] as [number, string, Record<string, string>, string[]?][];
+  for (const [expected, source, env, args = []] of cases) {
     await t.step(JSON.stringify([env, args]), async () => {
-      const { code, stderr } = await run([...args, "--retries", "0", "-d", scratch.at("dest"), reference], { env });
+      const { code, stderr } = await run([...args, "--retries", "0", "-d", scratch.at("dest"), source], { env });
       assert.equal(code, expected, stderr);
-      if (code !== 0) assert.match(stderr, /hint: .*--ca-file.*--insecure/);
+      if (code === 5 && source === https) assert.match(stderr, /hint: .*--ca-file.*--insecure/);
     });
   }
 });
 
-Deno.test("credentials come from stdin or the environment, and no secret is ever printed", async (t) => {
+Deno.test("credentials come from stdin or the environment", async (t) => {
   const password = "  S3CRET: pässwörd ";
-  await using registry = startRegistry({ auth: "bearer", users: { user: password }, storage: { signed: true } });
+  await using registry = startRegistry({ auth: "bearer", users: { user: password } });
   const reference = serveLayer(registry, gzip(await makeTar(GOOD)));
   using scratch = new Scratch();
   const both = { REGISTRY_USERNAME: "user", REGISTRY_PASSWORD: password };
   const wrong = { ...both, REGISTRY_PASSWORD: "S3CRET-wrong" };
-  const cases: { name: string; args?: string[]; env?: Record<string, string>; stdin?: string; code: number }[] = [
-    { name: "--password-stdin", args: ["--username", "user", "--password-stdin"], stdin: password, code: 0 },
-    { name: "a line's end", args: ["--username", "user", "--password-stdin"], stdin: `${password}\n`, code: 0 },
-    {
-      name: "Windows' line's end",
-      args: ["--username", "user", "--password-stdin"],
-      stdin: `${password}\r\n`,
-      code: 0,
-    },
-    { name: "the environment", env: both, code: 0 },
-    { name: "an option beats the environment", args: ["--password-stdin"], env: wrong, stdin: password, code: 0 },
-    { name: "--username beats it", args: ["--username", "other"], env: both, code: 4 },
-    { name: "a wrong password", env: wrong, code: 4 },
-    { name: "no password", code: 4 },
+  const fromStdin = ["--username", "user", "--password-stdin"];
+  const prompted = { promptPassword: (question: string) => Promise.resolve(question && password) };
+  const cases: [name: string, code: number, args: string[], surroundings: Surroundings][] = [
+    ["--password-stdin", 0, fromStdin, { stdin: password }],
+    ["a line break", 0, fromStdin, { stdin: `${password}\n` }],
+    ["a line break of Windows", 0, fromStdin, { stdin: `${password}\r\n` }],
+    ["a prompt", 0, fromStdin, { io: prompted }],
+    ["the environment", 0, [], { env: both }],
+    ["BuildKit's secret", 0, [], { env: { ...both, REGISTRY_PASSWORD: `${password}\n` } }],
+    ["an option and the environment", 0, ["--password-stdin"], { env: wrong, stdin: password }],
+    ["another --username", 4, ["--username", "other"], { env: both }],
+    ["a wrong password", 4, [], { env: wrong }],
+    ["no password", 4, [], {}],
   ];
-  for (const { name, args = [], env, stdin, code: expected } of cases) {
+  for (const [name, expected, args, surroundings] of cases) {
     await t.step(name, async () => {
       const options = ["-v", "--protocol", "http", "--retries", "0", "-d", scratch.at("dest")];
-      const { code, stderr, stdout } = await run([...options, ...args, reference], { env, stdin });
-      assert.equal(code, expected, stderr);
-      assert.equal(stdout, "");
-      const queries = registry.requests.filter(({ origin }) => origin === "storage").map(({ search }) =>
-        search.slice(1)
-      );
-      const headers = registry.requests.flatMap(({ headers }) => headers.get("authorization")?.split(" ")[1] ?? []);
-      assert(code !== 0 || queries.length > 0 && headers.length > 1);
-      for (const secret of ["S3CRET", ...queries, ...headers]) {
-        assert(!stderr.includes(secret), `${secret} in ${stderr}`);
-      }
+      const { code, stderr, stdout } = await run([...options, ...args, reference], surroundings);
+      assert.deepEqual([code, stdout], [expected, ""], stderr);
+      assert(!stderr.includes("S3CRET"), stderr);
     });
   }
 });
 
-Deno.test("mirrors and a cache are given by option or by environment, and options win", async (t) => {
+const hasScript = isInstalled("script");
+
+Deno.test({
+  name: `a terminal is asked for the password, without echo${hasScript ? "" : " (needs util-linux)"}`,
+  ignore: !hasScript,
+  async fn(t) {
+    await using registry = startRegistry({ auth: "basic", users: { user: "pä" } });
+    const reference = serveLayer(registry, gzip(await makeTar(GOOD)));
+    for (const [typed, expected] of [["px\x7fä\r", 0], ["px\r", 4], ["p\x03", 130]] as const) {
+      await t.step(JSON.stringify(typed), async () => {
+        using scratch = new Scratch();
+        const program = [Deno.execPath(), "run", ...PERMISSIONS, PROGRAM, "--username", "user", "--password-stdin"];
+        const command = [...program, "--protocol", "http", "-d", scratch.at("dest"), reference].join(" ");
+        const args = ["-qec", command, "/dev/null"];
+        const child = new Deno.Command("script", { args, stdin: "piped", stdout: "piped" }).spawn();
+        let screen = "";
+        const writer = child.stdin.getWriter();
+        for await (const text of child.stdout.pipeThrough(new TextDecoderStream())) {
+          if (!screen.includes("Password: ") && (screen + text).includes("Password: ")) {
+            await writer.write(toBytes(typed));
+          }
+          screen += text;
+        }
+        await writer.close();
+        assert.equal((await child.status).code, expected, screen);
+        assert.doesNotMatch(screen, /p[xä]/);
+      });
+    }
+  },
+});
+
+Deno.test("mirrors and a cache come from options or the environment", async (t) => {
   await using registry = startRegistry();
   await using mirror = startRegistry();
   await using other = startRegistry();
   const layer = gzip(await makeTar(GOOD));
-  const [reference] = [registry, mirror].map((each) => serveLayer(each, layer));
+  const [reference = ""] = [registry, mirror].map((each) => serveLayer(each, layer));
   const dead = `http://${await closedHost()}`;
-  const cases: { name: string; args?: string[]; env?: Record<string, string>; asked: TestRegistry[] }[] = [
-    { name: "REGISTRY_MIRROR", env: { REGISTRY_MIRROR: mirror.url }, asked: [mirror] },
-    {
-      name: "several in it",
-      env: { REGISTRY_MIRROR: ` ${dead} \t${other.url}\n${mirror.url} ` },
-      asked: [other, mirror],
-    },
-    {
-      name: "--mirror beats it",
-      args: ["--mirror", mirror.url],
-      env: { REGISTRY_MIRROR: other.url },
-      asked: [mirror],
-    },
-    { name: "--mirror, repeated", args: ["--mirror", other.url, "--mirror", mirror.url], asked: [other, mirror] },
-    { name: "empty", env: { REGISTRY_MIRROR: "" }, asked: [registry] },
+  const cases: [args: string[], text: string, asked: TestRegistry[]][] = [
+    [[], mirror.url, [mirror]],
+    [[], ` ${dead} \t${other.url}\n${mirror.url} `, [mirror, other]],
+    [["--mirror", mirror.url], other.url, [mirror]],
+    [["--mirror", other.url, "--mirror", mirror.url], "", [mirror, other]],
+    [[], "", [registry]],
   ];
-  for (const { name, args = [], env = {}, asked } of cases) {
-    await t.step(name, async () => {
+  for (const [at, [args, text, asked]] of cases.entries()) {
+    await t.step(`${at}: ${args.length / 2} options, "${text && "REGISTRY_MIRROR"}"`, async () => {
       using scratch = new Scratch();
-      for (const each of [registry, mirror, other]) each.requests.length = 0;
-      const options = ["--protocol", "http", "-d", scratch.at("dest")];
-      const { code, stderr } = await run([...options, ...args, reference ?? ""], { env });
+      const all = [registry, mirror, other];
+      for (const { requests } of all) requests.length = 0;
+      const env = { REGISTRY_MIRROR: text };
+      const { code, stderr } = await run(["--protocol", "http", "-d", scratch.at("dest"), ...args, reference], { env });
       assert.equal(code, 0, stderr);
-      const seen = [registry, mirror, other].filter(({ requests }) => requests.length > 0);
-      assert.deepEqual(seen.map(({ url }) => url).toSorted(), asked.map(({ url }) => url).toSorted());
+      assert.deepEqual(all.filter(({ requests }) => requests.length > 0), asked);
     });
   }
-  await t.step("FETCH_WHEELS_CACHE, which --cache beats", async () => {
+  await t.step("FETCH_WHEELS_CACHE and --cache", async () => {
     using scratch = new Scratch();
     const env = { FETCH_WHEELS_CACHE: scratch.at("one") };
     for (const [place, args] of [["one", []], ["two", ["--cache", scratch.at("two")]]] as const) {
-      const { code } = await run(["--protocol", "http", "-d", scratch.at("dest"), ...args, reference ?? ""], { env });
+      const { code } = await run(["--protocol", "http", "-d", scratch.at("dest"), ...args, reference], { env });
       assert.equal(code, 0);
       assert(snapshot(scratch.at(place))[`blobs/${sha256(layer).replace(":", "/")}`]);
     }
@@ -3504,89 +6641,84 @@ Deno.test("mirrors and a cache are given by option or by environment, and option
   });
 });
 
-for (const [signal, expected] of [["SIGINT", 130], ["SIGTERM", 143]] as const) {
-  Deno.test(`${signal} in a download that stands still exits with ${expected} and leaves nothing`, async (t) => {
-    await using registry = startRegistry();
-    const layer = gzip(await makeTar([{ name: "a.whl", data: randomBytes(1 << 20) }]));
-    const reference = serveLayer(registry, layer);
-    registry.faults = [{ kind: "stall", byte: layer.length >> 1 }];
-    for (const target of ["there", "absent/below", "out"]) {
-      await t.step(target, async () => {
-        using scratch = new Scratch();
-        scratch.at("there/old.whl", "old");
-        const before = snapshot(scratch.path);
-        const option = target === "out" ? "-o" : "-d";
-        const args = ["run", ...PERMISSIONS, PROGRAM, "--protocol", "http", option, scratch.at(target), reference];
-        const child = spawnDeno(args);
-        const isStaged = () =>
-          Object.entries(snapshot(scratch.path)).some(([path, entry]) =>
-            !(path in before) && entry.startsWith("file") && !entry.endsWith(sha256(new Uint8Array()))
-          );
-        await waitFor(isStaged);
-        child.kill(signal);
-        const { code, stderr } = await child.output();
-        const { lines } = outcome(code, new Uint8Array(), new TextDecoder().decode(stderr));
-        assert.equal(code, expected);
-        assert.match(lines.at(-1) ?? "", new RegExp(signal));
-        assert.deepEqual(snapshot(scratch.path), before);
-      });
-    }
-  });
-}
-
-Deno.test("a signal ends a download in ranges, and a wait, within two seconds", async (t) => {
-  const cases: Record<string, Fault> = {
-    "ranges": { kind: "stall", byte: 1 << 20 },
-    "a trickle": { kind: "trickle", bytesPerSecond: 1 << 20 },
-    "a wait": { kind: "status", code: 503, headers: { "retry-after": "50" } },
-  };
-  for (const [signal, expected] of [["SIGINT", 130], ["SIGTERM", 143]] as const) {
-    for (const [name, fault] of Object.entries(cases)) {
-      await t.step(`${signal} in ${name}`, async () => {
-        await using registry = startRegistry();
-        const reference = serveLarge(registry);
-        registry.faults = [fault];
-        using scratch = new Scratch();
-        const args = ["--protocol", "http", "-d", scratch.at("dest"), reference];
-        const child = spawnDeno(["run", ...PERMISSIONS, PROGRAM, ...args]);
-        await waitFor(() => askedRanges(registry).length >= (name === "a wait" ? 1 : 4));
-        await new Promise((resolve) => setTimeout(resolve, 100));
-        const killed = performance.now();
-        child.kill(signal);
-        const { code, stderr } = await child.output();
-        assert(performance.now() - killed < 2000);
-        assert.equal(code, expected, new TextDecoder().decode(stderr));
-        assert.deepEqual(snapshot(scratch.path), {});
-      });
-    }
-  }
-});
-
-Deno.test("the program runs with the permissions that its first line names", async () => {
+Deno.test("permissions: those of the first line suffice, and can be narrowed", async (t) => {
   const [shebang = ""] = Deno.readTextFileSync(PROGRAM).split("\n");
   const permissions = shebang.match(/--allow-\S+/g) ?? [];
   assert.equal(shebang, `#!/usr/bin/env -S deno run ${permissions.join(" ")}`);
   await using registry = startRegistry({ auth: "basic", users: { user: "S3CRET" }, tls: await makeCertificate() });
   const reference = serveLayer(registry, gzip(await makeTar(GOOD)));
+  const env = { REGISTRY_USERNAME: "user", REGISTRY_PASSWORD: "S3CRET", REGISTRY_INSECURE: "yes", WHEELS: reference };
   using scratch = new Scratch();
-  const env = { WHEELS: reference, WHEELS_DIR: scratch.at("dest"), REGISTRY_INSECURE: "yes" };
-  const account = { REGISTRY_USERNAME: "user", REGISTRY_PASSWORD: "S3CRET" };
-  const args = ["run", "--no-prompt", ...permissions, PROGRAM, "--wheels-file", scratch.at("none/none")];
-  const { code, stdout, stderr } = await runDeno(args, { env: { ...env, ...account } });
-  assert.deepEqual([code, stdout], [0, ""], stderr);
-  assert.deepEqual(contents(scratch.at("dest")), GOOD_CONTENTS);
+  const environment = permissions.find((flag) => flag.startsWith("--allow-env=")) ?? "";
+  const places = `${scratch.path},/nowhere`;
+  const narrow = [
+    `--allow-net=${registry.host}`,
+    `--allow-read=${places}`,
+    `--allow-write=${scratch.path}`,
+    environment,
+  ];
+  const config = ["-q", "-P", "--config", fileURLToPath(new URL("deno.json", import.meta.url))];
+  for (const [at, flags] of [permissions, narrow, config].entries()) {
+    await t.step(flags.join(" "), async () => {
+      const dest = scratch.at(`dest${at}`);
+      const { code, stdout, stderr } = await runProgram(["-d", dest], { env }, ["--no-prompt", ...flags]);
+      assert.deepEqual([code, stdout], [0, ""], stderr);
+      assert.deepEqual(contents(dest), GOOD_CONTENTS);
+    });
+  }
 });
 
-Deno.test("a missing permission is named, and the option that gives it", async () => {
+Deno.test("missing permissions are named together, with the complete command", async (t) => {
+  await using registry = serveImage();
   using scratch = new Scratch();
-  const source = scratch.at("layer.tar", tarOf(file("a.whl")));
-  const permissions = PERMISSIONS.filter((name) => name !== "--allow-write");
-  const { code, lines } = await runDeno(["run", ...permissions, PROGRAM, "-d", scratch.at("dest"), source]);
-  assert.equal(code, 8);
-  assert.match(lines[1] ?? "", /hint: .*--allow-write/);
+  const source = `${registry.host}/ns/wheels:1.0`;
+  const dest = scratch.at("a directory's");
+  const args = ["--protocol", "http", "--platform", "linux/amd64", "-d", dest, source];
+  const all = ["--allow-net", "--allow-read", "--allow-write", "--allow-env"];
+  const cases: [granted: string[], missing: string][] = [
+    [[], all.join(", ")],
+    [["--allow-net", "--allow-env"], "--allow-read, --allow-write"],
+    [
+      ["--allow-net=other.example", "--allow-read", "--allow-write=/nowhere", "--allow-env"],
+      "--allow-net, --allow-write",
+    ],
+    [["--allow-net", "--allow-read", "--allow-write", "--allow-env=HOME"], "--allow-env"],
+  ];
+  for (const [granted, missing] of cases) {
+    await t.step(granted.join(" ") || "none", async () => {
+      const { code, lines } = await runProgram(args, {}, ["--no-prompt", ...granted]);
+      assert.equal(code, 2);
+      assert(lines[0]?.endsWith(`: ${missing}`), lines[0]);
+      const command = lines[1]?.split(": hint: ")[1] ?? "";
+      const env = { PATH: `${dirname(Deno.execPath())}:${Deno.env.get("PATH")}` };
+      const { success, stderr } = await new Deno.Command("bash", { args: ["-c", command], env }).output();
+      assert(success, new TextDecoder().decode(stderr));
+      assert(lines.length === 2 && contents(dest)["a-1-py3-none-any.whl"] === "wheel");
+      Deno.removeSync(dest, { recursive: true });
+    });
+  }
+  await t.step("the command hides a password", async () => {
+    const { lines } = await runProgram(["https://user:S3CRET@files.example/x.tar"], {}, ["--no-prompt"]);
+    assert.match(lines[1] ?? "", /hint: .*files\.example\/x\.tar$/);
+    assert(!lines.join().includes("S3CRET"));
+  });
+  await t.step({
+    name: "on a terminal, nothing is asked",
+    ignore: !hasScript,
+    async fn() {
+      const command = [Deno.execPath(), "run", PROGRAM, source].join(" ");
+      const { code, stdout } = await new Deno.Command("script", { args: ["-qec", command, "/dev/null"] }).output();
+      const screen = new TextDecoder().decode(stdout);
+      assert.equal(code, 2);
+      assert(
+        screen.includes("--allow-net, --allow-read, --allow-write, --allow-env") && !/Allow\?|\[y/.test(screen),
+        screen,
+      );
+    },
+  });
 });
 
-Deno.test("the module can be imported without any permission, and parses", async () => {
+Deno.test("the module can be imported without any permission", async () => {
   using scratch = new Scratch();
   const url = new URL("fetch_wheels.ts", import.meta.url).href;
   const script = `import { parseImageReference } from ${JSON.stringify(url)};
@@ -3597,13 +6729,91 @@ Deno.test("the module can be imported without any permission, and parses", async
   assert.deepEqual([code, stdout, stderr], [0, "docker.io\n", ""]);
 });
 
-Deno.test("--include, --exclude and --strip-components choose what is extracted", async (t) => {
+Deno.test("--list and --dry-run change nothing; --json describes the result in one document", async (t) => {
+  const layer = gzip(await makeTar([...GOOD, { name: ".x" }]));
+  await using registry = serveImage({}, makeImage({ layers: [BASE, layer] }));
+  using scratch = new Scratch();
+  const source = `${registry.host}/ns/wheels:1.0`;
+  const args = ["--protocol", "http", "-d", scratch.at("dest"), "--platform", "linux/amd64"];
+  const files = [{ path: "a.whl", size: 5, digest: null }, { path: "sub/b.txt", size: 4, digest: null }];
+  await t.step("--list", async () => {
+    const { code, stdout } = await run(["--list", ...args, source]);
+    assert.deepEqual([code, stdout], [0, "           5  a.whl\n           4  sub/b.txt\n"]);
+    const result: FetchResult = JSON.parse((await run(["--list", "--json", ...args, source])).stdout);
+    assert.deepEqual([result.files, result.dest, result.skipped[0]?.path], [files, null, ".x"]);
+  });
+  await t.step("--dry-run", async () => {
+    registry.requests.length = 0;
+    const { code, stdout, lines } = await run(["--dry-run", "--json", ...args, source]);
+    const { resolved, files } = JSON.parse(stdout);
+    assert.deepEqual([code, files, paths(registry, sha256(layer))], [0, [], []]);
+    assert.equal(lines.at(-1), `fetch_wheels: resolved ${registry.host}/ns/wheels@${resolved.digest}`);
+    assert.equal((await run(["--dry-run", scratch.at("none.tar")])).code, 3);
+  });
+  assert.deepEqual(snapshot(scratch.path), {});
+  await t.step("--json", async () => {
+    const { code, stdout, stderr } = await run(["-q", "--json", "--unpin", "x", ...args, source]);
+    const result: FetchResult = JSON.parse(stdout);
+    const { digest, mediaType } = IMAGE.manifest && makeImage({ layers: [BASE, layer] });
+    assert.deepEqual([code, stderr], [0, ""]);
+    assert.deepEqual(result, {
+      source,
+      image: { registry: registry.host, repository: "ns/wheels", tag: "1.0", digest: null },
+      platform: "linux/amd64",
+      resolved: { digest, mediaType },
+      manifest: { digest, mediaType, artifactType: null },
+      layers: [{ digest: sha256(layer), size: layer.length, mediaType: MEDIA.ociLayerGzip, index: 2, count: 2 }],
+      verified: null,
+      dest: scratch.at("dest"),
+      output: null,
+      files,
+      skipped: [{ path: ".x", reason: result.skipped[0]?.reason }],
+      bytes: layer.length,
+      seconds: result.seconds,
+    });
+  });
+  for (const [bad, kind, expected] of [[[`${source}x`], "not-found", 3], [["--bogus"], "usage", 2]] as const) {
+    await t.step(`--json ${kind}`, async () => {
+      const { code, stdout, stderr } = await run(["--json", ...args, ...bad]);
+      const { error } = JSON.parse(stdout);
+      assert.deepEqual([code, error.kind], [expected, kind]);
+      assert(stderr.includes(error.message) && stderr.includes(error.hint), stderr);
+    });
+  }
+});
+
+Deno.test("--layer selects layers by number, digest or name; an empty layer names the others", async (t) => {
+  const empty = gzip(await makeTar([{ name: ".wh.old" }]));
+  await using registry = serveImage({}, makeImage({ layers: [BASE, LAYER, empty] }));
+  using scratch = new Scratch();
+  const common = ["--platform", "linux/amd64", "-d", scratch.at("dest"), `${registry.host}/ns/wheels:1.0`];
+  const table: [layers: string[], code: number, expected: RegExp][] = [
+    [["2"], 0, /layer 2 of 3/],
+    [["1"], 0, /layer 1 of 3/],
+    [[sha256(LAYER)], 0, /layer 2 of 3/],
+    [["1", "2"], 0, /: 2 of 3 layers, .*\n.* from 2 layers$/m],
+    [["all"], 0, /: 3 of 3 layers/],
+    [["last"], 3, /hint: .*--layer/],
+    [["4"], 3, /has 3 layers,.* no layer 4/],
+    [[sha256(toBytes("x"))], 3, /has 3 layers,.* no layer sha256:/],
+    [["first"], 2, /use layer "first"/],
+  ];
+  for (const [layers, code, expected] of table) {
+    await t.step(layers.join(), async () => {
+      const outcome = await run([...layers.flatMap((layer) => ["--layer", layer]), ...common]);
+      assert.equal(outcome.code, code, outcome.stderr);
+      assert.match(outcome.stderr, expected);
+    });
+  }
+});
+
+Deno.test("--include, --exclude and --strip-components select what is extracted", async (t) => {
   using scratch = new Scratch();
   const names = ["a.whl", "a.txt", "sub/b.whl", "sub/deep/c.whl", ".hidden/d.whl", ".wh.e"];
   const source = scratch.at("layer.tar", await makeTar(names.map((name) => ({ name, data: name }))));
   const table: [args: string[], expected: string[]][] = [
     [[], ["a.txt", "a.whl", "sub/b.whl", "sub/deep/c.whl"]],
-    [["--include", "*.whl"], ["a.whl", "sub/b.whl", "sub/deep/c.whl"].concat(".hidden/d.whl").sort()],
+    [["--include", "*.whl"], [".hidden/d.whl", "a.whl", "sub/b.whl", "sub/deep/c.whl"]],
     [["--include", "*.whl", "--exclude", ".*"], ["a.whl", "sub/b.whl", "sub/deep/c.whl"]],
     [["--include", "sub"], ["sub/b.whl", "sub/deep/c.whl"]],
     [["--include", "sub/*.whl"], ["sub/b.whl"]],
@@ -3611,142 +6821,46 @@ Deno.test("--include, --exclude and --strip-components choose what is extracted"
     [["--exclude", "sub"], ["a.txt", "a.whl"]],
     [["--exclude", "sub/deep", "--exclude", "[a].txt"], ["a.whl", "sub/b.whl"]],
     [["--exclude", "!a.whl"], ["a.txt", "a.whl", "sub/b.whl", "sub/deep/c.whl"]],
-    [["--include", ".wh.e"], [".wh.e"]],
     [["--strip-components", "1"], ["b.whl", "deep/c.whl"]],
     [["--strip-components", "2", "--exclude", "a*"], ["c.whl"]],
   ];
-  for (const [at, [args, expected]] of table.entries()) {
-    await t.step(JSON.stringify(args), async () => {
-      const dest = scratch.at(`dest${at}`);
-      const { code, stderr } = await run([...args, "-d", dest, source]);
+  for (const [args, expected] of table) {
+    await t.step(args.join(" "), async () => {
+      const { code, stderr } = await run([...args, "--clean", "-d", scratch.at("dest"), source]);
       assert.equal(code, 0, stderr);
-      const there = Object.entries(contents(dest)).filter(([, text]) => text !== "/").map(([path]) => path);
-      assert.deepEqual(there.sort(), expected);
+      const entries = Object.entries(contents(scratch.at("dest")));
+      assert.deepEqual(entries.filter(([, text]) => text !== "/").map(([path]) => path).sort(), expected);
     });
   }
 });
 
-Deno.test("a hard link follows --strip-components", async () => {
+Deno.test("--unpin drops a project's pin under any spelling of its name, and nothing else", async (t) => {
   using scratch = new Scratch();
-  const members: TarMember[] = [{ name: "top/a.whl", data: "wheel" }, {
-    name: "top/b.whl",
-    type: "link",
-    linkname: "top/a.whl",
-  }];
-  const source = scratch.at("layer.tar", await makeTar(members));
-  await fetchWheels(source, { dest: scratch.at("dest"), stripComponents: 1 });
-  assert.deepEqual(contents(scratch.at("dest")), { "a.whl": "wheel", "b.whl": "wheel" });
-});
-
-Deno.test("--layer takes a layer by its place or its digest, and an empty one says which are left", async (t) => {
-  const empty = gzip(await makeTar([{ name: ".wh.old" }]));
-  await using registry = serveImage({}, makeImage({ layers: [BASE, LAYER, empty] }));
-  using scratch = new Scratch();
-  const source = `${registry.host}/ns/wheels:1.0`;
-  const common = ["--platform", "linux/amd64", "-d", scratch.at("dest")];
-  const table: [layer: string, code: number, said: RegExp][] = [
-    ["2", 0, /layer 2 of 3/],
-    ["1", 0, /layer 1 of 3/],
-    [sha256(LAYER), 0, /layer 2 of 3/],
-    ["last", 3, /hint: .*--layer 1, --layer 2$/m],
-    ["4", 3, /of its 3 layers none is 4/],
-    [sha256(toBytes("x")), 3, /of its 3 layers none is sha256/],
-    ["0", 2, /--layer|use layer/],
-    ["first", 2, /use layer "first"/],
-  ];
-  for (const [layer, code, said] of table) {
-    await t.step(layer, async () => {
-      const outcome = await run([...common, "--layer", layer, source]);
-      assert.equal(outcome.code, code, outcome.stderr);
-      assert.match(outcome.stderr, said);
-    });
-  }
-});
-
-Deno.test("--unpin drops a project's pin, however it spells its name, and nothing else", async (t) => {
-  using scratch = new Scratch();
-  const pins =
-    "Oslo.Config===9.1\noslo-config-extra===1\n# oslo.config===9\nnova===1\noslo_config===9.2;python_version<'4'\n";
   const kept = "oslo-config-extra===1\n# oslo.config===9\nnova===1\n";
-  const members: TarMember[] = [{ name: "upper-constraints.txt", data: pins, mode: 0o640 }, {
-    name: "copy.txt",
-    type: "link",
-    linkname: "upper-constraints.txt",
-  }];
-  const source = scratch.at("layer.tar", await makeTar(members));
+  const pins = `Oslo.Config===9.1\n${kept}oslo_config===9.2;python_version<'4'\n`;
+  const members = [file("upper-constraints.txt", pins), hardlink("copy.txt", "upper-constraints.txt"), file("a.whl")];
+  const source = scratch.at("layer.tar", tarOf(...members));
   for (const [args, env] of [[["--unpin", "OSLO-config"], {}], [[], { PROJECT: "oslo_config" }]] as const) {
-    await t.step(JSON.stringify(env), async () => {
+    await t.step(JSON.stringify([args, env]), async () => {
       const { code, stderr, stdout } = await run([...args, "--json", "-d", scratch.at("dest"), source], { env });
       assert.equal(code, 0, stderr);
-      assert.deepEqual(contents(scratch.at("dest")), { "upper-constraints.txt": kept, "copy.txt": pins });
-      const { files } = JSON.parse(stdout);
-      assert.deepEqual(files[0], { path: "upper-constraints.txt", size: kept.length });
+      assert.deepEqual(contents(scratch.at("dest")), {
+        "upper-constraints.txt": kept,
+        "copy.txt": pins,
+        "a.whl": "a.whl",
+      });
+      const { files }: FetchResult = JSON.parse(stdout);
+      assert.equal(files.find(({ path }) => path === "upper-constraints.txt")?.size, kept.length);
     });
   }
 });
 
-Deno.test("--list and --dry-run look, and touch nothing; --json says it in one document", async (t) => {
-  await using registry = serveImage({}, makeImage({ layers: [BASE, gzip(await makeTar([...GOOD, { name: ".x" }]))] }));
+Deno.test("the bundle runs with an empty cache and without a package registry", async () => {
   using scratch = new Scratch();
-  const source = `${registry.host}/ns/wheels:1.0`;
-  const args = ["--protocol", "http", "-d", scratch.at("dest"), "--platform", "linux/amd64"];
-  const files = [{ path: "a.whl", size: 5 }, { path: "sub/b.txt", size: 4 }];
-  await t.step("--list", async () => {
-    const { code, stdout } = await run(["--list", ...args, source]);
-    assert.deepEqual([code, stdout], [0, "           5  a.whl\n           4  sub/b.txt\n"]);
-  });
-  await t.step("--list --json", async () => {
-    const { stdout } = await run(["--list", "--json", ...args, source]);
-    const result = JSON.parse(stdout);
-    assert.deepEqual([result.files, result.dest, result.skipped[0].path], [files, null, ".x"]);
-  });
-  await t.step("--dry-run fetches no layer", async () => {
-    registry.requests.length = 0;
-    const { code, stdout } = await run(["--dry-run", "--json", ...args, source]);
-    assert.deepEqual([code, JSON.parse(stdout).files, paths(registry, "/blobs/")], [0, [], []]);
-  });
-  await t.step("--dry-run of a file that is not there", async () => {
-    assert.equal((await run(["--dry-run", scratch.at("none.tar")])).code, 3);
-  });
-  assert.deepEqual(snapshot(scratch.path), {});
-  await t.step("--json", async () => {
-    const { code, stdout, stderr } = await run(["-q", "--json", ...args, source]);
-    const result: FetchResult = JSON.parse(stdout);
-    assert.deepEqual([code, stderr], [0, ""]);
-    assert.deepEqual(Object.keys(result), [
-      ...["source", "image", "platform", "manifest", "layer", "dest", "output", "files", "skipped", "bytes", "seconds"],
-    ]);
-    assert.deepEqual(result.image, { registry: registry.host, repository: "ns/wheels", tag: "1.0", digest: null });
-    assert.deepEqual([result.files, result.dest, result.layer?.index], [files, scratch.at("dest"), 2]);
-  });
-  for (const [bad, kind, expected] of [[[`${source}x`], "not-found", 3], [["--bogus"], "usage", 2]] as const) {
-    await t.step(`--json ${kind}`, async () => {
-      const { code, stdout, stderr } = await run(["--json", ...args, ...bad]);
-      const { error } = JSON.parse(stdout);
-      assert.deepEqual([code, error.kind], [expected, kind]);
-      assert(stderr.includes(error.message), stderr);
-    });
-  }
-});
-
-Deno.test("--list ends quietly when its reader goes away, and not when the disk is full", async () => {
-  using scratch = new Scratch();
-  const members = Array.from({ length: 5000 }, (_, at) => ({ name: `${"n".repeat(80)}${at}`, data: "x" }));
-  const source = scratch.at("layer.tar", await makeTar(members));
-  const through = ["bash", "-c", '"$@" | head -n 1 >/dev/null; exit "${PIPESTATUS[0]}"', "bash"];
-  const { code, stderr } = await runDeno(["run", ...PERMISSIONS, PROGRAM, "--list", source], { through });
-  assert.deepEqual([code, stderr], [0, ""]);
-  const full = ["bash", "-c", 'exec "$@" >/dev/full', "bash"];
-  const failed = await runDeno(["run", ...PERMISSIONS, PROGRAM, "--list", source], { through: full });
-  assert.equal(failed.code, 8, failed.stderr);
-});
-
-Deno.test("the bundle runs with an empty cache and no package registry", async () => {
-  using scratch = new Scratch();
-  const { bundle } = denoJson.tasks;
-  const [, ...args] = bundle.command.replace("fetch_wheels.js", scratch.at("fetch_wheels.js")).split(" ");
-  const cwd = dirname(PROGRAM);
-  const bundled = await spawnDeno(args, { cwd }).output();
+  const [, ...args] = denoJson.tasks.bundle.command.replace("fetch_wheels.js", scratch.at("fetch_wheels.js")).split(
+    " ",
+  );
+  const bundled = await spawnDeno(args, { cwd: dirname(PROGRAM) }).output();
   assert(bundled.success, new TextDecoder().decode(bundled.stderr));
   const source = scratch.at("layer.tar.gz", gzip(await makeTar(GOOD)));
   const env = { DENO_DIR: scratch.at("cache") };
@@ -3756,279 +6870,88 @@ Deno.test("the bundle runs with an empty cache and no package registry", async (
   assert.deepEqual(contents(scratch.at("dest")), GOOD_CONTENTS);
 });
 
-Deno.test("--clean replaces DEST, or leaves it as it is", async (t) => {
-  for (const kind of ["a directory", "a link to one"]) {
-    await t.step(kind, async () => {
-      using scratch = new Scratch();
-      scratch.at("real/old.whl", "old");
-      scratch.at("real/sub/b.txt", "old");
-      const dest = kind === "a directory" ? scratch.at("real") : scratch.at("link");
-      if (kind !== "a directory") Deno.symlinkSync("real", dest);
-      const good = scratch.at("good.tar", await makeTar(GOOD));
-      const bad = scratch.at("bad.tar", tarOf(file("../evil")));
-      const before = snapshot(scratch.path);
-      await assertFails(fetchWheels(bad, { dest, clean: true }), "unsafe");
-      assert.deepEqual(snapshot(scratch.path), before);
-      const { code, stderr } = await run(["--clean", "-d", dest, good]);
+// ---------------------------------------------------------------------------------------------------------------------
+// README
+// ---------------------------------------------------------------------------------------------------------------------
+
+const readText = (name: string) => Deno.readTextFileSync(new URL(name, import.meta.url));
+const README = readText("README.md");
+
+/** The rows of the README's table that has this heading, as cells. */
+function readmeTable(heading: string): string[][] {
+  const [, rows = ""] = new RegExp(`^\\| ${heading} .*\\n\\|[- |]+\\n((?:\\|.*\\n)+)`, "m").exec(README) ?? [];
+  return rows.trim().split("\n").map((row) => row.split("|").slice(1, -1).map((cell) => cell.trim()));
+}
+
+Deno.test("README: the option table names the flags and variables of --help, and has at most 15,000 bytes", async () => {
+  assert(toBytes(README).length <= 15_000, `${toBytes(README).length} bytes`);
+  const { stdout } = await run(["--help"]);
+  const help = stdout.split(/\n(?= {2}-)|\n\n/).filter((text) => /^ {2}-/.test(text));
+  assert(help.length > 20, stdout);
+  const rows = readmeTable("option");
+  const flagsIn = (text: string) => [...text.matchAll(/(?<![\w-])--?[a-zA-Z][a-z-]*/g)].map(([flag]) => flag).sort();
+  assert.deepEqual(flagsIn(rows.map(([flags]) => flags).join()), flagsIn(help.map((text) => text.slice(0, 33)).join()));
+  for (const text of help) {
+    const [, flag = "", variable = ""] = /(--[a-z-]+).*\(\$([A-Z_]+)\)/s.exec(text) ?? [];
+    const row = rows.find(([flags = ""]) => flagsIn(flags).includes(flag));
+    assert.equal(row?.[2] ?? "", variable && `\`${variable}\``, text);
+  }
+});
+
+Deno.test("README: the exit code table has every kind and its code", () => {
+  const [, source = ""] = /const EXIT_CODES[^{]*(\{[^}]*\})/.exec(readText("fetch_wheels.ts")) ?? [];
+  const codes = [...source.matchAll(/([a-z-]+)"?: (\d+)/g)].map(([, kind, code]) => [code, kind]);
+  assert.equal(codes.length, 10);
+  assert.deepEqual(readmeTable("exit code").map((row) => row.slice(0, 2)), [["0", ""], ...codes]);
+});
+
+Deno.test("README: shebang, deno.json, hint and README grant the same permissions", () => {
+  const program = readText("fetch_wheels.ts");
+  const [shebang = ""] = program.split("\n");
+  assert(shebang.length < 255, "Linux cuts longer ones");
+  const { net, read, write, env } = denoJson.permissions.default;
+  assert.deepEqual([net, read, write], [true, true, true]);
+  const flags = ["--allow-net", "--allow-read", "--allow-write"];
+  assert.equal(shebang, `#!/usr/bin/env -S deno run ${flags.join(" ")} --allow-env=${env.join()}`);
+  const hint = /^const PERMISSIONS =([^;]*);/m.exec(program)?.[1]?.replace(/["+\s]+/g, " ").replaceAll(", ", ",") ?? "";
+  assert.equal(hint.trim(), `${flags.join(" ")} --allow-env='${env.join()}'`);
+  assert(README.includes(`${flags.join(" ")} \\\n    --allow-env='${env.join()}' \\\n`));
+});
+
+Deno.test("README: the tasks that it names exist", () => {
+  const named = [...README.matchAll(/deno(?:@[\d.]+)? task (?:-q )?([\w:-]+)|`(compile:[\w-]+)`/g)];
+  for (const [text, task = "", compile] of named) assert(Object.hasOwn(denoJson.tasks, compile ?? task), text);
+  assert(named.length >= 6);
+});
+
+/** The arguments of each fetch_wheels command in the README's code blocks. */
+function readmeCommands(): string[][] {
+  const blocks = [...README.matchAll(/^ *```(?:sh|console|dockerfile|yaml)\n.*?^ *```/gms)];
+  const lines = blocks.join("\n").replace(/\\\n\s*/g, "").split("\n");
+  return lines.filter((line) => !/deno install|^ *COPY/.test(line)).flatMap((line) =>
+    /\bfetch_wheels(?:\.ts)? ([^|<>]*)/.exec(line)?.[1] ?? []
+  ).map((text) => text.match(/"[^"]*"|'[^']*'|[^\s'"]+/g)?.map((word) => word.replace(/^["']|["']$/g, "")) ?? []);
+}
+
+Deno.test("README: every fetch_wheels command in its code blocks works", async (t) => {
+  await using registry = serveImage({ auth: "basic", users: { builder: "secret" } });
+  using scratch = new Scratch();
+  const key = makeKey("P-256");
+  const signature = makeSignature({ subject: IMAGE.descriptor, key, format: "bundle" });
+  pushSignatures(registry, "ns/wheels", { subject: IMAGE.digest, format: "bundle", signatures: [signature] });
+  const values = new Map([["-d", scratch.at("dest")], ["--cache", scratch.at("cache")]]);
+  values.set("--verify-key", scratch.at("cosign.pub", key.pem));
+  const commands = readmeCommands();
+  assert(commands.length >= 9, `${commands.length}`);
+  for (const words of commands) {
+    await t.step(words.join(" "), async () => {
+      const isSource = (word: string) => /^registry\.example|^oci:|^\$/.test(word);
+      assert(words.some(isSource), "no source");
+      const source = `${registry.host}/ns/wheels:1.0`;
+      const args = words.map((word, at) => isSource(word) ? source : values.get(words[at - 1] ?? "") ?? word);
+      const surroundings = { env: { REGISTRY_USERNAME: "builder", REGISTRY_PASSWORD: "secret" }, stdin: "secret\n" };
+      const { code, stderr } = await run([...args, "--platform", "linux/amd64", "--dry-run"], surroundings);
       assert.equal(code, 0, stderr);
-      assert.deepEqual(contents(scratch.at("real")), GOOD_CONTENTS);
-      const beside = kind === "a directory" ? ["bad.tar", "good.tar", "real"] : ["bad.tar", "good.tar", "link", "real"];
-      assert.deepEqual([...Deno.readDirSync(scratch.path)].map(({ name }) => name).sort(), beside);
     });
   }
-  await t.step("a DEST that is not there", async () => {
-    using scratch = new Scratch();
-    await fetchWheels(scratch.at("good.tar", await makeTar(GOOD)), { dest: scratch.at("dest"), clean: true });
-    assert.deepEqual(contents(scratch.at("dest")), GOOD_CONTENTS);
-  });
-});
-
-Deno.test("progress is one line of the terminal's width, on a terminal only, and gone in the end", async (t) => {
-  await using registry = startRegistry();
-  const reference = serveLayer(registry, gzip(await makeTar([{ name: "a.whl", data: randomBytes(1 << 20) }])));
-  const table: [columns: number | undefined, flags: string[], isShown: boolean][] = [
-    [80, [], true],
-    [20, [], true],
-    [undefined, [], false],
-    [80, ["--no-progress"], false],
-    [80, ["-q"], false],
-  ];
-  for (const [columns, flags, isShown] of table) {
-    await t.step(JSON.stringify([columns, ...flags]), async () => {
-      using scratch = new Scratch();
-      const said: string[] = [];
-      const code = await main([...flags, "--protocol", "http", "-d", scratch.at("dest"), reference], {
-        env: () => undefined,
-        stdin: new Blob([]).stream(),
-        stdout: new WritableStream(),
-        stderr: (text) => void said.push(text),
-        columns: () => columns,
-      });
-      assert.equal(code, 0, said.join(""));
-      // deno-lint-ignore no-control-regex -- what moves the cursor is what it is about
-      const drawn = said.filter((text) => /^\r.+\x1b\[K$/.test(text));
-      assert.equal(drawn.length > 0, isShown, JSON.stringify(said));
-      for (const text of drawn) assert(text.length - 4 < (columns ?? 0), text);
-      if (columns === 80 && isShown) assert.match(drawn[0] ?? "", /\d % .* of 1\.0 MB, .*\/s, \d+ s left, \d members/);
-      if (isShown) assert.equal(said.at(-2), "\r\x1b[K");
-      assert(flags.includes("-q") || said.at(-1)?.endsWith("\n"), JSON.stringify(said));
-    });
-  }
-});
-
-Deno.test("a wheel for another machine is warned of, for its image is built wrongly", async (t) => {
-  const table: [name: string, platform: string, isForeign: boolean][] = [
-    ["a-1-py3-none-any.whl", "linux/amd64", false],
-    ["a-1-cp312-cp312-manylinux_2_17_x86_64.manylinux2014_x86_64.whl", "linux/amd64", false],
-    ["a-1-cp312-cp312-manylinux_2_17_x86_64.manylinux2014_x86_64.whl", "linux/arm64", true],
-    ["a-1-1build-cp312-cp312-linux_aarch64.whl", "linux/arm64/v8", false],
-    ["a-1-1build-cp312-cp312-linux_aarch64.whl", "linux/amd64", true],
-    ["a-1-cp312-cp312-musllinux_1_1_armv7l.whl", "linux/arm/v7", false],
-    ["a-1-cp312-cp312-win_amd64.whl", "linux/amd64", true],
-    ["a-1-cp312-cp312-linux_s390x.whl", "linux/s390x", false],
-    ["no wheel's name.whl", "linux/amd64", false],
-  ];
-  for (const [name, platform, isForeign] of table) {
-    await t.step(`${name} ${platform}`, async () => {
-      using scratch = new Scratch();
-      const source = scratch.at("layer.tar", await makeTar([{ name: `sub/${name}`, data: "wheel" }]));
-      const { code, stderr } = await run(["--platform", platform, "-d", scratch.at("dest"), source]);
-      assert.deepEqual([code, /warning: not for .*built wrongly/.test(stderr)], [0, isForeign], stderr);
-    });
-  }
-});
-
-const hasPip = isInstalled("python3") &&
-  new Deno.Command("python3", { args: ["-m", "pip", "--version"], stdout: "null", stderr: "null" }).outputSync()
-    .success;
-
-Deno.test({
-  name: `pip installs what came out of a registry${hasPip ? "" : " (needs: apt-get install -y python3-pip)"}`,
-  ignore: !hasPip,
-  async fn() {
-    const { filename, bytes } = makeWheel({ name: "fetched-package", version: "1.5", body: "answer = 42\n" });
-    const constraints = { name: "upper-constraints.txt", data: "fetched-package===1.5\n" };
-    const layer = gzip(await makeTar([{ name: filename, data: bytes }, constraints]));
-    await using registry = serveImage({ auth: "bearer", storage: true }, makeImage({ layers: [BASE, layer] }));
-    using scratch = new Scratch();
-    const dest = scratch.at("dest");
-    await fetchWheels(`${registry.host}/ns/wheels:1.0`, { dest, platform: "linux/amd64", protocol: "http" });
-    const options = ["--no-index", "--find-links", dest, "-c", join(dest, "upper-constraints.txt")];
-    const python = async (...args: string[]) => {
-      const env = { PYTHONPATH: scratch.at("site"), PIP_CONFIG_FILE: "/dev/null", PIP_ROOT_USER_ACTION: "ignore" };
-      const { success, stdout, stderr } = await new Deno.Command("python3", { args, env }).output();
-      assert(success, new TextDecoder().decode(stderr));
-      return new TextDecoder().decode(stdout).trim();
-    };
-    const target = ["--target", scratch.at("site"), "--no-cache-dir", "--disable-pip-version-check"];
-    await python("-m", "pip", "install", "--quiet", ...options, ...target, "fetched-package");
-    assert.equal(await python("-c", "import fetched_package; print(fetched_package.answer)"), "42");
-  },
-});
-
-// ---------------------------------------------------------------------------------------------------------------------
-// A real registry
-// ---------------------------------------------------------------------------------------------------------------------
-
-const hasRegistry = isInstalled("docker-registry") && isInstalled("skopeo");
-const installHint = hasRegistry ? "" : " (needs: apt-get install -y docker-registry skopeo)";
-
-/** Starts Debian's docker-registry with its storage in `scratch`; `http` and `auth` are lines of its configuration. */
-async function startRealRegistry(
-  scratch: Scratch,
-  { http = [], auth = [] }: { http?: string[]; auth?: string[] } = {},
-) {
-  const probe = Deno.listen({ hostname: "127.0.0.1", port: 0 });
-  const { port } = probe.addr;
-  probe.close();
-  const config = [
-    "version: 0.1",
-    "log: {level: error, accesslog: {disabled: true}}",
-    `storage: {filesystem: {rootdirectory: ${scratch.at("storage")}}}`,
-    "compatibility: {schema1: {enabled: true}}",
-    "http:",
-    `  addr: 127.0.0.1:${port}`,
-    ...http,
-    ...auth,
-  ];
-  const args = ["serve", scratch.at("config.yml", config.join("\n"))];
-  const child = new Deno.Command("docker-registry", { args, stdin: "null", stdout: "null", stderr: "null" }).spawn();
-  const close = async () => {
-    child.kill();
-    await child.status;
-  };
-  const isUp = () => Deno.connect({ hostname: "127.0.0.1", port }).then((c) => (c.close(), true), () => false);
-  await waitFor(isUp).catch(async (error) => {
-    await close();
-    throw error;
-  });
-  return { host: `127.0.0.1:${port}`, [Symbol.asyncDispose]: close };
-}
-
-async function skopeo(...args: string[]): Promise<void> {
-  const command = new Deno.Command("skopeo", { args: ["--insecure-policy", ...args] });
-  const { success, stderr } = await command.output();
-  assert(success, new TextDecoder().decode(stderr));
-}
-
-/** Writes an OCI layout with these manifests by their tags, and all that they name. */
-function writeLayout(scratch: Scratch, images: MadeImage[], tagged: Record<string, MadeManifest>): string {
-  const put = (bytes: Uint8Array) => void scratch.at(`layout/blobs/sha256/${sha256(bytes).split(":")[1]}`, bytes);
-  for (const { manifest, blobs } of images) [manifest, ...blobs.values()].forEach(put);
-  const manifests = Object.entries(tagged).map(([tag, { manifest, descriptor }]) => {
-    put(manifest);
-    return { ...descriptor, annotations: { "org.opencontainers.image.ref.name": tag } };
-  });
-  scratch.at("layout/oci-layout", JSON.stringify({ imageLayoutVersion: "1.0.0" }));
-  scratch.at("layout/index.json", JSON.stringify({ schemaVersion: 2, manifests }));
-  return `oci:${scratch.at("layout")}`;
-}
-
-async function makeWheelsImage(architecture: string): Promise<MadeImage> {
-  const { filename, bytes } = makeWheel({ name: `for-${architecture}`, version: "1.0" });
-  const base = gzip(await makeTar([{ name: "etc/os-release", data: "ID=test\n" }]));
-  const layer = gzip(await makeTar([{ name: filename, data: bytes }, { name: ".wh.old" }]));
-  return makeImage({ architecture, layers: [base, layer] });
-}
-
-Deno.test({
-  name: `a real registry: schema 2, schema 1, OCI and an index, by tag and by digest${installHint}`,
-  ignore: !hasRegistry,
-  async fn(t) {
-    using scratch = new Scratch();
-    const images = [await makeWheelsImage("amd64"), await makeWheelsImage("arm64")] as const;
-    const index = makeIndex(images.map(({ descriptor }) => descriptor));
-    const layout = writeLayout(scratch, [...images], { single: images[0], multi: index });
-    await using registry = await startRealRegistry(scratch);
-    const copy = (...args: string[]) => skopeo("copy", "--quiet", "--dest-tls-verify=false", ...args);
-    const at = (name: string) => `${registry.host}/ns/${name}`;
-    const pushed = [
-      { name: "oci:1", mediaType: MEDIA.ociManifest, args: [`${layout}:single`] },
-      { name: "v2s2:1", mediaType: MEDIA.dockerManifest, args: ["--format", "v2s2", `${layout}:single`] },
-      { name: "v2s1:1", mediaType: MEDIA.dockerSchema1Signed, args: ["--format", "v2s1", `${layout}:single`] },
-      { name: "index:1", mediaType: MEDIA.ociManifest, args: ["--all", `${layout}:multi`] },
-    ];
-    for (const { name, mediaType, args } of pushed) {
-      await t.step(name, async () => {
-        await copy(...args, `docker://${at(name)}`);
-        const platforms = name === "index:1" ? ["amd64", "arm64"] : ["amd64"];
-        for (const [i, architecture] of platforms.entries()) {
-          const options = { platform: `linux/${architecture}`, dest: scratch.at(`dest/${name}/${architecture}`) };
-          const there = [`for_${architecture}-1.0-py3-none-any.whl`];
-          const byTag = await fetchWheels(at(name), options);
-          assert.deepEqual(Object.keys(contents(options.dest)), there);
-          assert.equal(byTag.manifest?.mediaType, mediaType);
-          assert.deepEqual([byTag.layer?.index, byTag.layer?.count], [2, 2]);
-          assert.deepEqual(byTag.skipped.map(({ path }) => path), [".wh.old"]);
-          assert.equal(byTag.layer?.digest, [...images[i]?.blobs.keys() ?? []].at(-1));
-
-          const digest = name === "index:1" ? index.digest : byTag.manifest?.digest;
-          Deno.removeSync(options.dest, { recursive: true });
-          const byDigest = await fetchWheels(`${at(name).split(":1")[0]}@${digest}`, options);
-          assert.deepEqual(Object.keys(contents(options.dest)), there);
-          assert.deepEqual([byDigest.manifest, byDigest.layer], [byTag.manifest, byTag.layer]);
-        }
-      });
-    }
-    await t.step("a platform that is not there", async () => {
-      const options = { platform: "linux/s390x", dest: scratch.at("dest/none") };
-      const { message, hint } = await assertFails(fetchWheels(at("index:1"), options), "not-found");
-      assert.match(`${message} ${hint}`, /linux\/amd64.*linux\/arm64/);
-    });
-    await t.step("a tag, and a repository, that are not there", async () => {
-      for (const name of ["oci:2", "none:1"]) {
-        await assertFails(fetchWheels(at(name), { dest: scratch.at("d") }), "not-found");
-      }
-    });
-  },
-});
-
-const HTPASSWD_PASSWORD = "pass: wörd ";
-/** Of that password, by `htpasswd -nbB -C 5`. */
-const BCRYPT = "$2y$05$kD09ToOQ3.S3sayBPOjqEe729WXHR2ZofKspWyIMC/ixgYdvHEHoS";
-
-Deno.test({
-  name: `a real registry: over TLS, with a password${installHint}`,
-  ignore: !hasRegistry,
-  async fn(t) {
-    using scratch = new Scratch();
-    const { cert, key } = await makeCertificate();
-    const [certificate, keyFile] = [scratch.at("cert.pem", cert), scratch.at("key.pem", key)];
-    const htpasswd = scratch.at("htpasswd", `user:${BCRYPT}\n`);
-    await using registry = await startRealRegistry(scratch, {
-      http: [`  tls: {certificate: ${certificate}, key: ${keyFile}}`],
-      auth: [`auth: {htpasswd: {realm: test, path: ${htpasswd}}}`],
-    });
-    const image = await makeWheelsImage("amd64");
-    const layout = writeLayout(scratch, [image], { single: image });
-    const target = `docker://${registry.host}/ns/wheels:1`;
-    await skopeo(
-      "copy",
-      "--dest-tls-verify=false",
-      "--dest-creds",
-      `user:${HTPASSWD_PASSWORD}`,
-      `${layout}:single`,
-      target,
-    );
-
-    const right = { REGISTRY_USERNAME: "user", REGISTRY_PASSWORD: HTPASSWD_PASSWORD };
-    const cases: { name: string; args: string[]; env?: Record<string, string>; code: number }[] = [
-      { name: "--ca-file", args: ["--ca-file", certificate], env: right, code: 0 },
-      { name: "--insecure", args: ["--insecure"], env: right, code: 0 },
-      { name: "an unknown certificate", args: [], env: right, code: 5 },
-      { name: "a wrong password", args: ["--insecure"], env: { ...right, REGISTRY_PASSWORD: "wrong" }, code: 4 },
-      { name: "no password", args: ["--ca-file", certificate], code: 4 },
-    ];
-    for (const { name, args, env, code: expected } of cases) {
-      await t.step(name, async () => {
-        using target = new Scratch();
-        const options = [...args, "--platform", "linux/amd64", "--retries", "0", "-d", target.at("dest")];
-        const { code, stderr } = await run([...options, `${registry.host}/ns/wheels:1`], { env });
-        assert.equal(code, expected, stderr);
-        const there = code === 0 ? ["dest", "dest/for_amd64-1.0-py3-none-any.whl"] : [];
-        assert.deepEqual(Object.keys(snapshot(target.path)), there);
-        assert(!stderr.includes(HTPASSWD_PASSWORD));
-      });
-    }
-  },
 });
