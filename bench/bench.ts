@@ -1,244 +1,472 @@
 /**
- * fetch_wheels beside the pipelines and tools that people use in its place: one layer of many wheels, one real
- * registry (Debian's `docker-registry`), the same disk, turn by turn.
+ * Measures fetch_wheels beside the tools and pipelines that people use instead of it, turn by turn on one machine: a real
+ * registry (Debian's `docker-registry`) on loopback, layers of several shapes, a limited and a delayed link, a cache hit,
+ * start-up time and peak memory.
  *
- *     deno task bench --scenario loopback --rounds 3
+ *     deno task bench --scenario wheels --rounds 3
  *
- * It prints Markdown and never fails over a number: what it reports are ratios, with their spread.
+ * It prints Markdown. Every number is compared with its target, but a missed target is not a failure: the exit status
+ * says only whether the benchmark itself worked.
  *
- * Every server runs on this machine and ends with the benchmark. The layer (the same bytes everywhere) and a crane that
- * `go` built are kept below the temporary directory for the next run. Set `TMPDIR` to measure another disk.
+ * The layers are made from a seed, and kept below the temporary directory for the next run, as are `oras` and `crane` if
+ * they had to be built. Every server runs on this machine and ends with the benchmark.
  *
  * @module
  */
 
-import { createCipheriv, createHash } from "node:crypto";
+import { createHash } from "node:crypto";
+import { statfsSync, statSync } from "node:fs";
 import { tmpdir } from "node:os";
-import { dirname } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
 import { fileURLToPath } from "node:url";
 import { parseArgs } from "node:util";
+import { blobPath, digestTree, findOrMakeLayer, SMALL_FILES, TEXT, TINY, wheels } from "./layers.ts";
+import type { Format, Layer, Shape } from "./layers.ts";
 
 const USAGE = `deno task bench [OPTIONS]
-  --scenario NAME   only this one: loopback, throttled, delayed
-  --rounds N        turns of each contestant in each scenario (5)
-  --megabytes N     size of the layer (600)
-  --module FILE     the fetch_wheels.ts to measure (the one beside bench/)`;
+  --scenario NAME   run only this scenario, or those whose names begin with "NAME-"; may be repeated
+  --rounds N        turns of each contestant in each scenario (default: 3)
+  --module FILE     the fetch_wheels.ts to measure (default: the one in the directory above)
+  --output DIR      extract below DIR (default: /dev/shm if it has room, else the temporary directory)
+  --large           run growth-3000 too, with a layer of 3 GB
+  --scale X         multiply the size of every layer by X, to try the benchmark itself (default: 1)
+  --list            print the scenarios and their targets`;
 
-const REPOSITORY = "bench/wheels";
-/** Part of the cached layer's name; to be raised when `makeLayer()` makes other bytes. */
-const RECIPE = 1;
-const THROTTLE_BYTES_PER_SECOND = 40_000_000;
-const DELAY_MS = 50;
-/** A /30 of private addresses for the two ends of the delayed link; it is more specific than any route in its way. */
-const NEAR = "10.231.197.1", FAR = "10.231.197.2";
-/** What clients that download in parallel ask for at a time. */
-const RANGE_BYTES = 4 * 2 ** 20;
-const SAMPLE_MS = 10;
+/** Measured where a link is slow, to show what it gives. */
+const PROBE_BYTES = 32_000_000;
+const SAMPLE_MS = 20;
+const TURN_LIMIT_MS = 300_000;
 
-/** Set off by Ctrl-C. Whatever waits looks here, so that every way out runs through the same clean-up. */
+/** Aborted by Ctrl-C. Everything that waits observes it, so that every exit runs the same clean-up. */
 const interrupt = new AbortController();
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 1 Contestants: shell text, since that is what people type. Each one leaves the files in $OUT. The curl pipelines are
-//   handed the blob's URL, which spares them the manifest; skopeo, crane and fetch_wheels look it up, as in real life.
+// 1 Contestants: shell text, because that is what people type. Each leaves the layer's files in $OUT. oras, crane and
+//   curl are given the blob's digest, which saves them the manifest; skopeo and fetch_wheels resolve the tag.
 // ---------------------------------------------------------------------------------------------------------------------
 
 interface Contestant {
-  name: string;
+  title: string;
+  /** Programs that the script runs, apart from coreutils. */
   needs: string[];
   script: string;
 }
 
-const FETCH_WHEELS = "fetch_wheels";
+const DENO_RUN = `"$DENO" run --allow-net --allow-read --allow-write --allow-env`;
+const FETCH = `-q -d "$OUT" "$HOST_PORT/$REPOSITORY:1"`;
+const OWN = "fetch_wheels";
 
-function fetchWheels(options: string): string {
-  const permissions = "--allow-net --allow-read --allow-write --allow-env";
-  return `"$DENO" run ${permissions} "$MODULE" -q ${options} -d "$OUT" "$HOST_PORT/${REPOSITORY}:1"`;
-}
-
-const CONTESTANTS: Contestant[] = [
-  { name: FETCH_WHEELS, needs: [], script: fetchWheels("") },
-  { name: `${FETCH_WHEELS} --connections 8`, needs: [], script: fetchWheels("--connections 8") },
-  {
-    name: "LOCI: curl -o FILE, tar xzf",
-    needs: ["curl", "tar", "gzip"],
-    script: `curl -fsS -o "$SCRATCH/layer" "$BLOB"; tar xzf "$SCRATCH/layer" -C "$OUT"`,
+const CONTESTANTS: Record<string, Contestant> = {
+  [OWN]: { title: "fetch_wheels", needs: [], script: `${DENO_RUN} "$MODULE" ${FETCH}` },
+  oras: {
+    title: "oras blob fetch | bsdtar xf -",
+    needs: ["oras", "bsdtar"],
+    script: `oras blob fetch --plain-http -o - "$HOST_PORT/$REPOSITORY@$DIGEST" | bsdtar xf - -C "$OUT"`,
   },
-  {
-    name: "curl | tar xz",
-    needs: ["curl", "tar", "gzip"],
-    script: `curl -fsS "$BLOB" | tar xz -C "$OUT"`,
+  crane: {
+    title: "crane blob | bsdtar xf -",
+    needs: ["crane", "bsdtar"],
+    script: `crane blob "$HOST_PORT/$REPOSITORY@$DIGEST" | bsdtar xf - -C "$OUT"`,
   },
-  {
-    // A named pipe in the place of `>(…)`: the shell waits for openssl, so that its CPU time is counted as well.
-    name: "curl | tee >(openssl sha256) | bsdtar xf -",
-    needs: ["curl", "tee", "openssl", "bsdtar"],
+  curl: {
+    // A named pipe instead of `>(…)`: the shell can wait for openssl, check its answer, and include its CPU time.
+    title: "curl | tee >(openssl sha256) | bsdtar xf -",
+    needs: ["curl", "openssl", "bsdtar"],
     script: `mkfifo "$SCRATCH/copy"; openssl sha256 -r "$SCRATCH/copy" >"$SCRATCH/sum" &
       curl -fsS "$BLOB" | tee "$SCRATCH/copy" | bsdtar xf - -C "$OUT"; wait $!; grep -q "^$SHA256 " "$SCRATCH/sum"`,
   },
-  {
-    name: "skopeo copy, tar xzf",
-    needs: ["skopeo", "tar", "gzip"],
-    script: `skopeo --insecure-policy copy -q --src-tls-verify=false "docker://$HOST_PORT/${REPOSITORY}:1" \\
-      "dir:$SCRATCH/image"; tar xzf "$SCRATCH/image/$SHA256" -C "$OUT"`,
+  unverified: {
+    title: "curl | bsdtar xf - (not verified)",
+    needs: ["curl", "bsdtar"],
+    script: `curl -fsS "$BLOB" | bsdtar xf - -C "$OUT"`,
   },
-  {
-    name: "crane export | tar x",
-    needs: ["crane", "tar"],
-    script: `crane export --insecure "$HOST_PORT/${REPOSITORY}:1" - | tar x -C "$OUT"`,
+  skopeo: {
+    title: "skopeo copy, bsdtar xf FILE",
+    needs: ["skopeo", "bsdtar"],
+    script: `skopeo --insecure-policy --tmpdir "$SCRATCH" copy -q --src-tls-verify=false \\
+      "docker://$HOST_PORT/$REPOSITORY:1" "dir:$SCRATCH/image"; bsdtar xf "$SCRATCH/image/$SHA256" -C "$OUT"`,
   },
-];
+  loci: {
+    title: "LOCI: curl -o FILE, tar xzf FILE (not verified)",
+    needs: ["curl", "tar", "gzip"],
+    script: `curl -fsS -o "$SCRATCH/layer" "$BLOB"; tar xzf "$SCRATCH/layer" -C "$OUT"`,
+  },
+  cached: { title: "fetch_wheels --cache", needs: [], script: `${DENO_RUN} "$MODULE" --cache "$CACHE" ${FETCH}` },
+  local: {
+    title: "openssl sha256 FILE & bsdtar xf FILE",
+    needs: ["openssl", "bsdtar"],
+    script: `openssl sha256 -r "$FILE" >"$SCRATCH/sum" & bsdtar xf "$FILE" -C "$OUT"
+      wait $!; grep -q "^$SHA256 " "$SCRATCH/sum"`,
+  },
+  version: { title: "fetch_wheels --version", needs: [], script: `${DENO_RUN} "$MODULE" --version` },
+  empty: { title: "deno run of an empty module", needs: [], script: `"$DENO" run "$EMPTY"` },
+};
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 2 The run: scenarios, and in each of them rounds. A round lets everybody run once, in an order that rotates, so that
-//   a machine that grows slower or a page cache that grows fuller meets all alike; ratios are taken inside a round.
+// 2 Scenarios and their targets. The first contestant is the one that is measured against the target; its speed is
+//   compared, within each round, with that of the fastest of `peers`.
 // ---------------------------------------------------------------------------------------------------------------------
-
-/** Where the clients find the registry, and what has to stand before a command for it to be there. */
-interface Site {
-  hostPort: string;
-  wrapper: string[];
-}
 
 interface Scenario {
   name: string;
   title: string;
-  /** Starts the servers; `stack` ends them. Throws `Skipped` where this machine cannot do it. */
-  open(stack: AsyncDisposableStack, bench: Bench): Promise<Site>;
+  /** Without a layer, nothing is extracted. */
+  layer?: { shape: Shape; format: Format };
+  link?: { delayMs: number; bytesPerSecond: number };
+  contestants: string[];
+  peers: string[];
+  target: Target;
+  /** What takes milliseconds is measured so many times in each round. */
+  repeats?: number;
+  samplesPss?: boolean;
 }
 
-/** What every step needs. */
-interface Bench {
-  /** A directory that is removed at the end. */
-  scratch: string;
-  /** The registry's directory, kept for the next run. */
-  storage: string;
-  denoDir: string;
-  /** The `fetch_wheels.ts` to measure; empty if there is none. */
+interface Target {
+  text: string;
+  /** One round's number. */
+  measure(own: Cost, peerSeconds: number): number;
+  format(value: number): string;
+  isMet(values: number[]): boolean;
+}
+
+function speedAtLeast(bound: number, aim?: number): Target {
+  return {
+    text: `speed at least ${bound.toFixed(1)}${aim ? `, aim at ${aim.toFixed(1)}` : ""}`,
+    measure: (own, peerSeconds) => peerSeconds / own.seconds,
+    format: (value) => value.toFixed(2),
+    isMet: (values) => median(values) >= bound,
+  };
+}
+
+function timeAtMost(bound: number): Target {
+  return {
+    text: `at most ${bound.toFixed(1)} times the peer's time`,
+    measure: (own, peerSeconds) => own.seconds / peerSeconds,
+    format: (value) => value.toFixed(2),
+    isMet: (values) => median(values) <= bound,
+  };
+}
+
+function millisecondsAtMost(bound: number): Target {
+  return {
+    text: `at most ${bound} ms`,
+    measure: (own) => own.seconds * 1000,
+    format: (value) => value.toFixed(0),
+    isMet: (values) => median(values) <= bound,
+  };
+}
+
+const MEMORY_TARGET: Target = {
+  text: "never above 180 MiB",
+  measure: (own) => own.peakMiB,
+  format: (value) => value.toFixed(0),
+  isMet: (values) => Math.max(...values) <= 180,
+};
+
+const VERIFYING = ["oras", "crane", "curl"];
+
+function scenarios(large: boolean): Scenario[] {
+  const gzip = (shape: Shape) => ({ shape, format: "gzip" as const });
+  const zstd = (shape: Shape) => ({ shape, format: "zstd" as const });
+  const ofGzip = { contestants: [OWN, ...VERIFYING, "skopeo", "loci"], peers: VERIFYING };
+  const ofZstd = { contestants: [OWN, ...VERIFYING, "skopeo"], peers: VERIFYING }; // LOCI's `tar xzf` reads only gzip
+  const growth = (large ? [100, 400, 1600, 3000] : [100, 400, 1600]).map((mebibytes): Scenario => ({
+    name: `growth-${mebibytes}`,
+    title: `Memory, ${mebibytes} MiB of wheels, gzip -6`,
+    layer: gzip(wheels(mebibytes)),
+    contestants: [OWN],
+    peers: [],
+    target: MEMORY_TARGET,
+    samplesPss: true,
+  }));
+  // deno-fmt-ignore
+  return [
+    { name: "wheels-gzip", title: "400 MiB of wheels, gzip -6", layer: gzip(wheels(400)), ...ofGzip,
+      target: speedAtLeast(1, 1.2) },
+    { name: "wheels-zstd", title: "400 MiB of wheels, zstd -3", layer: zstd(wheels(400)), ...ofZstd,
+      target: speedAtLeast(1, 1.2) },
+    { name: "text-gzip", title: "180 MiB of text, gzip -6", layer: gzip(TEXT), ...ofGzip, target: speedAtLeast(1.1) },
+    { name: "text-zstd", title: "180 MiB of text, zstd -3", layer: zstd(TEXT), ...ofZstd, target: speedAtLeast(0.6) },
+    { name: "small-files", title: "20,000 small files, gzip -6", layer: gzip(SMALL_FILES), ...ofGzip,
+      target: speedAtLeast(0.7, 1) },
+    { name: "limited", title: "400 MiB of wheels, each connection limited to 40 MB/s", layer: gzip(wheels(400)),
+      link: { delayMs: 0, bytesPerSecond: 40e6 }, contestants: [OWN, "unverified"], peers: ["unverified"],
+      target: speedAtLeast(3.5) },
+    { name: "delayed", title: "400 MiB of wheels, round-trip time of 50 ms", layer: gzip(wheels(400)),
+      link: { delayMs: 25, bytesPerSecond: 0 }, contestants: [OWN, ...VERIFYING], peers: ["curl"],
+      target: speedAtLeast(1) },
+    { name: "tiny", title: "Layer of 100 kB", layer: gzip(TINY), contestants: [OWN, ...VERIFYING], peers: VERIFYING,
+      target: millisecondsAtMost(150), repeats: 5 },
+    { name: "version", title: "--version", contestants: ["version", "empty"], peers: [],
+      target: millisecondsAtMost(70), repeats: 5 },
+    { name: "cached", title: "Cache hit, 400 MiB of wheels, gzip -6", layer: gzip(wheels(400)),
+      contestants: ["cached", "local"], peers: ["local"], target: timeAtMost(1.1) },
+    ...growth,
+  ];
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 3 The run. In each round every contestant runs once, in an order that rotates, so that a machine that becomes slower
+//   affects all alike; ratios are taken within a round. One turn before the first round warms the caches: the page cache,
+//   V8's code cache, and the one of `fetch_wheels --cache`.
+// ---------------------------------------------------------------------------------------------------------------------
+
+interface Options {
+  scenarios: Scenario[];
+  rounds: number;
+  scale: number;
   module: string;
-  layer: Layer;
+  output?: string;
 }
 
-class Skipped extends Error {}
+interface Bench {
+  options: Options;
+  /** The registry's, kept for the next run. */
+  storage: string;
+  /** On the same disk; removed at the end. */
+  scratch: string;
+  workspace: Workspace;
+  denoDir: string;
+  /** Programs, and why they are not there. */
+  missing: Map<string, string>;
+  registry: string;
+}
+
+/** A contestant's runs, in the order of the rounds, or why there are none. */
+type Results = Map<string, Cost[] | string>;
+
+interface Verdict {
+  title: string;
+  target: Target;
+  /** One a round. */
+  values: number[];
+  /** The peers that could not run. */
+  absent: string[];
+}
 
 async function main(): Promise<void> {
+  const options = await readOptions(Deno.args);
+  if (options === undefined) return;
+  Deno.env.set("NO_PROXY", "127.0.0.1");
+  Deno.env.set("no_proxy", "127.0.0.1");
+  await using stack = new AsyncDisposableStack();
+  const bench = await openBench(stack, options);
+  console.log(await headLines(bench));
+  const verdicts: Verdict[] = [];
+  const peaks: number[] = [];
+  for (const scenario of options.scenarios) {
+    console.log(`\n### ${scenario.name}: ${scenario.title}\n`);
+    try {
+      const results = await runScenario(scenario, bench);
+      const verdict = judge(scenario, results);
+      console.log(`${table(scenario, results)}\n\nTarget: ${scenario.target.text}: ${outcome(verdict)}.`);
+      verdicts.push(verdict);
+      const own = results.get(OWN);
+      if (Array.isArray(own)) peaks.push(...own.map(({ peakMiB }) => peakMiB));
+    } catch (error) {
+      interrupt.signal.throwIfAborted();
+      console.log(`Not measured: ${(error as Error).message}.`); // for lack of a program that makes the layer, say
+      verdicts.push({ title: scenario.title, target: scenario.target, values: [], absent: [] });
+    }
+  }
+  if (peaks.length > 0) {
+    verdicts.push({ title: "Memory, all layers above", target: MEMORY_TARGET, values: peaks, absent: [] });
+  }
+  console.log(`\n### Targets\n\n${targetTable(verdicts)}`);
+}
+
+/** `undefined` if there is nothing to run. */
+async function readOptions(args: string[]): Promise<Options | undefined> {
   const { values } = parseArgs({
-    args: Deno.args,
+    args,
     options: {
-      scenario: { type: "string" },
-      rounds: { type: "string", default: "5" },
-      megabytes: { type: "string", default: "600" },
+      scenario: { type: "string", multiple: true },
+      rounds: { type: "string", default: "3" },
       module: { type: "string", default: fileURLToPath(new URL("../fetch_wheels.ts", import.meta.url)) },
+      output: { type: "string" },
+      large: { type: "boolean", default: false },
+      scale: { type: "string", default: "1" },
+      list: { type: "boolean" },
       help: { type: "boolean", short: "h" },
     },
   });
-  const [rounds, megabytes] = [Number(values.rounds), Number(values.megabytes)];
-  const chosen = SCENARIOS.filter(({ name }) => name === (values.scenario ?? name));
-  if (values.help || chosen.length === 0 || !(rounds >= 1) || !(megabytes >= 1)) {
+  const known = scenarios(values.large);
+  if (values.help) {
     console.log(USAGE);
-    return;
+    return undefined;
   }
-  for (const name of ["NO_PROXY", "no_proxy"]) Deno.env.set(name, `127.0.0.1,${NEAR}`);
+  if (values.list) {
+    for (const { name, title, target } of known) console.log(`${name.padEnd(13)}${title}: ${target.text}`);
+    return undefined;
+  }
+  const names = values.scenario ?? [];
+  const selects = (wanted: string, { name }: Scenario) => name === wanted || name.startsWith(`${wanted}-`);
+  const unknown = names.find((wanted) => !known.some((scenario) => selects(wanted, scenario)));
+  if (unknown !== undefined) throw new Error(`Cannot run scenario "${unknown}": not in --list`);
+  const [rounds, scale] = [Number(values.rounds), Number(values.scale)];
+  if (!(Number.isInteger(rounds) && rounds > 0)) throw new Error("--rounds must be 1 or more");
+  if (!(scale > 0)) throw new Error("--scale must be greater than 0");
+  return {
+    scenarios: known.filter((scenario) => names.length === 0 || names.some((wanted) => selects(wanted, scenario))),
+    rounds,
+    scale,
+    module: await Deno.realPath(values.module),
+    output: values.output && await Deno.realPath(values.output),
+  };
+}
 
-  await using stack = new AsyncDisposableStack();
-  const bench = await openBench(stack, megabytes, await Deno.realPath(values.module).catch(() => ""));
-  const contestants = await present(bench);
-  console.log(await headLines(bench, contestants));
-  for (const scenario of chosen) {
-    console.log(`\n### ${scenario.title}\n`);
+async function openBench(stack: AsyncDisposableStack, options: Options): Promise<Bench> {
+  const cache = `${tmpdir()}/fetch_wheels-bench-${Deno.uid()}`;
+  await Deno.mkdir(`${cache}/bin`, { recursive: true, mode: 0o700 });
+  // The name is predictable and programs are run from there, so that the directory must not be another user's.
+  if ((await Deno.lstat(cache)).uid !== Deno.uid()) throw new Error(`Cannot use "${cache}": it has another owner`);
+  Deno.env.set("PATH", `${Deno.env.get("PATH")}:/usr/sbin:/sbin:${cache}/bin`);
+  const makeTempDir = async (parent: string) => {
+    const path = await Deno.makeTempDir({ dir: parent, prefix: "fetch_wheels-bench-" });
+    stack.defer(() => Deno.remove(path, { recursive: true }));
+    return path;
+  };
+  const scratch = await makeTempDir(cache);
+  const workspace = await openWorkspace(options, scratch, makeTempDir);
+  await Deno.writeTextFile(`${scratch}/empty.ts`, "");
+  const { denoDir } = JSON.parse(await output(Deno.execPath(), ["info", "--json"]));
+  await output(Deno.execPath(), ["cache", "-q", options.module]);
+  const missing = await installPrograms(options, `${cache}/bin`);
+  const storage = `${cache}/registry`;
+  const registry = await startRegistry(stack, { storage, scratch });
+  return { options, storage, scratch, workspace, denoDir, missing, registry };
+}
+
+/** Where the contestants write. */
+interface Workspace {
+  path: string;
+  /** The same directory as the contestants see it. */
+  inside: string;
+  /** What runs a contestant. */
+  wrapper: string[];
+}
+
+/**
+ * In memory if there is room. Deno grants access to /dev only with --allow-all, but fetch_wheels is to run with the
+ * permissions that its users give it: a mount namespace shows the contestants the directory in another place.
+ */
+async function openWorkspace(options: Options, scratch: string, makeTempDir: (parent: string) => Promise<string>) {
+  if (options.output === undefined && hasRoom("/dev/shm", options)) {
+    const [path, inside] = [await makeTempDir("/dev/shm"), `${scratch}/memory`];
+    await Deno.mkdir(inside);
+    const asRoot = Deno.uid() === 0 ? [] : ["--map-root-user"];
+    const bind = `mount --bind "$0" "$1"; shift; exec "$@"`;
+    const wrapper = ["unshare", "--mount", ...asRoot, "bash", "-euc", bind, path, inside];
     try {
-      await using servers = new AsyncDisposableStack();
-      const site = await scenario.open(servers, bench);
-      console.log(await probe(site, bench) + "\n");
-      console.log(table(await race(contestants, rounds, site, bench)));
+      await output("unshare", [...wrapper.slice(1), "true"]);
+      return { path, inside, wrapper };
     } catch (error) {
-      if (!(error instanceof Skipped)) throw error;
-      console.log(`Skipped: ${error.message}.`);
+      interrupt.signal.throwIfAborted();
+      say(`writing to disk, because memory cannot be used: ${(error as Error).message}`);
     }
   }
+  const path = await makeTempDir(options.output ?? tmpdir());
+  return { path, inside: path, wrapper: [] };
 }
 
-async function openBench(stack: AsyncDisposableStack, megabytes: number, module: string): Promise<Bench> {
-  const cache = `${tmpdir()}/fetch_wheels-bench-${Deno.uid()}`;
-  await Deno.mkdir(cache, { recursive: true, mode: 0o700 });
-  // The name can be guessed and programs are run from there: it must not be somebody else's.
-  if ((await Deno.lstat(cache)).uid !== Deno.uid()) throw new Error(`Cannot use "${cache}": it has another owner`);
-  Deno.env.set("PATH", `${Deno.env.get("PATH")}:/usr/sbin:/sbin:${cache}`); // the last for a crane that go built
-  const scratch = await Deno.makeTempDir({ dir: cache, prefix: "run-" });
-  stack.defer(() => Deno.remove(scratch, { recursive: true }));
-  const storage = `${cache}/${megabytes}MB-${RECIPE}`;
-  const known = readOrNothing(`${storage}/layer.json`); // written last: with it, the storage is complete
-  const layer: Layer = known ? JSON.parse(known) : await makeLayer(megabytes, scratch, storage);
-  const { denoDir } = JSON.parse(await output(Deno.execPath(), ["info", "--json"]));
-  return { scratch, storage, denoDir, module, layer };
+/** For the largest layer three times: the copy that LOCI and skopeo keep, the files, and the blob cache. */
+function hasRoom(directory: string, options: Options): boolean {
+  const amounts = options.scenarios.map(({ layer }) => (layer?.shape.amount ?? 0) * options.scale);
+  try {
+    const { bavail, bsize } = statfsSync(directory);
+    return bavail * bsize > 3 * Math.max(...amounts);
+  } catch {
+    return false; // there is no such directory
+  }
 }
 
-/** Those who can start here; says why the others cannot. */
-async function present(bench: Bench): Promise<Contestant[]> {
-  if (bench.module) await output(Deno.execPath(), ["cache", "-q", bench.module]); // a namespace has no way to a registry
-  const noCrane = await installCrane(dirname(bench.storage)).then(() => "", (error) => ` (${error.message})`);
-  return CONTESTANTS.filter(({ name, needs }) => {
-    const missing = name.startsWith(FETCH_WHEELS) && !bench.module
-      ? "its module"
-      : needs.find((program) => !which(program));
-    if (!missing) return true;
-    console.log(`Skipped: ${name}: ${missing} is missing${missing === "crane" ? noCrane : ""}.\n`);
-    return false;
+const GO_PACKAGES: Record<string, string> = {
+  oras: "oras.land/oras/cmd/oras@v1.3.6",
+  crane: "github.com/google/go-containerregistry/cmd/crane@latest",
+};
+
+/** Builds what is missing and can be built. Returns the programs that are still missing, with the reason. */
+async function installPrograms(options: Options, directory: string): Promise<Map<string, string>> {
+  const missing = new Map<string, string>();
+  for (const program of new Set(options.scenarios.flatMap(programsOf))) {
+    if (which(program)) continue;
+    const source = GO_PACKAGES[program];
+    if (source === undefined || !which("go")) {
+      missing.set(program, source === undefined ? "not installed" : "not installed, and no go to build it with");
+      continue;
+    }
+    say(`go install ${source}`);
+    try {
+      await output("go", ["install", source], { GOBIN: directory });
+    } catch (error) {
+      interrupt.signal.throwIfAborted();
+      missing.set(program, `cannot be built: ${(error as Error).message}`);
+    }
+  }
+  return missing;
+}
+
+function programsOf({ contestants }: Scenario): string[] {
+  return contestants.flatMap((name) => CONTESTANTS[name]!.needs);
+}
+
+async function runScenario(scenario: Scenario, bench: Bench): Promise<Results> {
+  const { contestants, repeats = 1 } = scenario;
+  await using stack = new AsyncDisposableStack();
+  const layer = scenario.layer && await findOrMakeLayer({
+    ...scenario.layer,
+    scale: bench.options.scale,
+    storage: bench.storage,
+    signal: interrupt.signal,
   });
-}
-
-async function installCrane(directory: string): Promise<void> {
-  if (which("crane")) return;
-  if (!which("go")) throw new Error("and no go to install it with");
-  say("go install crane");
-  await output("go", ["install", "github.com/google/go-containerregistry/cmd/crane@latest"], { GOBIN: directory });
-}
-
-/** One measured run. */
-interface Cost {
-  seconds: number;
-  cpuSeconds: number;
-  /** Of the process that used most. */
-  largestMiB: number;
-  /** Of all processes at one moment. */
-  togetherMiB: number;
-}
-
-/** A contestant's runs, one a round, or why there are none. */
-type Results = Map<string, Cost[] | string>;
-
-async function race(contestants: Contestant[], rounds: number, site: Site, bench: Bench): Promise<Results> {
-  const results: Results = new Map(contestants.map(({ name }) => [name, []]));
-  for (let round = 0; round < rounds; round++) {
-    const first = round % contestants.length;
-    for (const contestant of [...contestants.slice(first), ...contestants.slice(0, first)]) {
-      const costs = results.get(contestant.name);
-      if (!Array.isArray(costs)) continue; // it failed in an earlier round
-      say(`round ${round + 1} of ${rounds}: ${contestant.name}`);
+  const hostPort = scenario.link ? await startRelay(stack, scenario.link, bench.registry) : bench.registry;
+  const place: Place = { bench, layer, hostPort, samplesPss: scenario.samplesPss ?? false };
+  if (scenario.link) console.log(await probe(place) + "\n");
+  const results: Results = new Map();
+  for (const name of contestants) {
+    const missing = CONTESTANTS[name]!.needs.find((program) => bench.missing.has(program));
+    results.set(name, missing ? `${missing}: ${bench.missing.get(missing)}` : []);
+  }
+  const turns = bench.options.rounds * repeats;
+  for (let round = -1; round < turns; round++) {
+    const first = Math.max(round, 0) % contestants.length;
+    const order = round < 0 ? contestants.slice(0, 1) : [...contestants.slice(first), ...contestants.slice(0, first)];
+    for (const name of order) {
+      const costs = results.get(name);
+      if (!Array.isArray(costs)) continue; // missing, or failed in an earlier round
+      say(`${scenario.name}: ${round < 0 ? "warming up" : `turn ${round + 1} of ${turns}`}: ${name}`);
       try {
-        costs.push(await turn(contestant, site, bench));
+        const cost = await takeTurn(CONTESTANTS[name]!.script, place);
+        if (round >= 0) costs.push(cost);
       } catch (error) {
         interrupt.signal.throwIfAborted();
-        results.set(contestant.name, `failed: ${(error as Error).message}`);
+        results.set(name, `failed: ${(error as Error).message}`);
       }
     }
   }
   return results;
 }
 
-/** Runs one contestant into a fresh directory, checks what is there, removes it. */
-async function turn({ script }: Contestant, site: Site, bench: Bench): Promise<Cost> {
-  const directory = await Deno.makeTempDir({ dir: bench.scratch, prefix: "turn-" });
+/** Where a script runs, and what it fetches. */
+interface Place {
+  bench: Bench;
+  layer?: Layer;
+  hostPort: string;
+  samplesPss: boolean;
+}
+
+/** Runs a script with an empty $OUT, and compares what it extracted with what the layer holds. */
+async function takeTurn(script: string, place: Place): Promise<Cost> {
+  const directory = `${place.bench.workspace.path}/turn`;
   try {
-    const out = `${directory}/out`;
-    await Deno.mkdir(out);
-    await output("sync", []); // nobody pays for what the one before left to write
-    const cost = await timed(script, site, bench, { OUT: out, SCRATCH: directory });
-    const found = count(out);
-    const { files, bytes } = bench.layer;
-    if (found.files !== files || found.bytes !== bytes) {
-      throw new Error(`left ${found.files} files of ${found.bytes} bytes, not ${files} of ${bytes}`);
+    await Deno.mkdir(`${directory}/out`, { recursive: true });
+    await output("sync", []); // so that nobody pays for what the one before left to write
+    const cost = await measure(script, place);
+    if (place.layer) {
+      const { tree, files } = digestTree(`${directory}/out`);
+      if (tree !== place.layer.tree) {
+        throw new Error(`extracted ${files} files that are not the layer's ${place.layer.files} files`);
+      }
     }
     return cost;
   } finally {
@@ -246,373 +474,279 @@ async function turn({ script }: Contestant, site: Site, bench: Bench): Promise<C
   }
 }
 
-function count(directory: string): { files: number; bytes: number } {
-  const sum = { files: 0, bytes: 0 };
-  for (const entry of Deno.readDirSync(directory)) {
-    const path = `${directory}/${entry.name}`;
-    const inner = entry.isDirectory ? count(path) : { files: 1, bytes: Deno.lstatSync(path).size };
-    sum.files += inner.files;
-    sum.bytes += inner.bytes;
-  }
-  return sum;
-}
+// ---------------------------------------------------------------------------------------------------------------------
+// 4 Measuring. Wall and CPU time are the shell's own: `time` adds up all processes it waited for, to the millisecond.
+//   Memory is read from /proc while they run: VmRSS of all processes at one moment, and VmHWM, the kernel's own maximum,
+//   which loses only what a process grows by after the last look. (The maximum that wait4 reports is useless: until a
+//   child has called exec, it includes the parent's memory.) The shell that measures is not included.
+// ---------------------------------------------------------------------------------------------------------------------
 
-// ---------------------------------------------------------------------------------------------------------------------
-// 3 Measuring. Wall and CPU time are the shell's own (`time` adds up every process it waited for, to the millisecond),
-//   since GNU time and Python are not on every machine and Deno cannot ask for its children's usage. Memory is read
-//   from /proc while they run: VmHWM is the kernel's own high-water mark, so that a look every 10 ms misses only what a
-//   process grows by in its last 10 ms. (The maximum that wait4 gives is no use: until a child has called exec, it
-//   counts the parent's memory.)
-// ---------------------------------------------------------------------------------------------------------------------
+/** One measured run. */
+interface Cost {
+  seconds: number;
+  cpuSeconds: number;
+  /** Of all processes together: the greatest sum of VmRSS, or the greatest VmHWM if that is greater. */
+  peakMiB: number;
+  /** VmHWM of the process that used most. */
+  largestMiB: number;
+  /** The greatest sum of PSS, or 0 if it was not sampled: to read it stops the process for a moment. */
+  pssMiB: number;
+}
 
 const TIMED = `set -euo pipefail; TIMEFORMAT='%R %U %S'; exec 3>&2; { time eval "$SCRIPT" >/dev/null 2>&3; } 2>&1`;
 
-type Variables = Record<string, string>;
-
-async function timed(script: string, site: Site, bench: Bench, variables: Variables = {}): Promise<Cost> {
-  const [program = "", ...args] = [...site.wrapper, "bash", "-c", TIMED];
-  const env = { // nothing of the caller's: no proxy, no credentials, no options by environment
-    PATH: Deno.env.get("PATH") ?? "",
-    HOME: bench.scratch,
-    DENO_DIR: bench.denoDir,
-    DENO_NO_UPDATE_CHECK: "1",
-    SCRIPT: script,
-    DENO: Deno.execPath(),
-    MODULE: bench.module,
-    HOST_PORT: site.hostPort,
-    BLOB: `http://${site.hostPort}/v2/${REPOSITORY}/blobs/${bench.layer.digest}`,
-    SHA256: bench.layer.digest.slice("sha256:".length),
-    ...variables,
-  };
+async function measure(script: string, place: Place): Promise<Cost> {
   interrupt.signal.throwIfAborted();
-  const child = new Deno.Command(program, { args, env, clearEnv: true, stdout: "piped", stderr: "piped" }).spawn();
-  using _ = killedOnInterrupt(child.pid);
-  let running = true;
-  const ended = child.output().finally(() => running = false);
-  let [largest, together] = [0, 0];
-  while (running) {
-    const memory = processTree(child.pid).map(memoryOf);
-    largest = Math.max(largest, ...memory.map(({ highest }) => highest));
-    together = Math.max(together, memory.reduce((sum, { now }) => sum + now, 0));
+  const [program = "", ...args] = [...place.bench.workspace.wrapper, "bash", "-c", TIMED];
+  const child = new Deno.Command(program, {
+    args,
+    env: { ...variables(place), SCRIPT: script },
+    clearEnv: true, // no proxy, no credentials, no options from the caller's environment
+    stdout: "piped",
+    stderr: "piped",
+  }).spawn();
+  using _ = killedOnAbort(child.pid, AbortSignal.any([interrupt.signal, AbortSignal.timeout(TURN_LIMIT_MS)]));
+  let isRunning = true;
+  const ended = child.output().finally(() => isRunning = false);
+  let [peakMiB, largestMiB, pssMiB] = [0, 0, 0];
+  while (isRunning) {
+    const tree = processTree(child.pid).slice(1);
+    const status = tree.map((pid) => readOrNothing(`/proc/${pid}/status`));
+    const rollups = place.samplesPss ? tree.map((pid) => readOrNothing(`/proc/${pid}/smaps_rollup`)) : [];
+    largestMiB = Math.max(largestMiB, ...status.map((text) => mebibytesOf("VmHWM", text)));
+    peakMiB = Math.max(peakMiB, largestMiB, sum(status.map((text) => mebibytesOf("VmRSS", text))));
+    pssMiB = Math.max(pssMiB, sum(rollups.map((text) => mebibytesOf("Pss", text))));
     await delay(SAMPLE_MS);
   }
   const { success, code, stdout, stderr } = await ended;
   interrupt.signal.throwIfAborted();
-  const [wall, user, system] = new TextDecoder().decode(stdout).trim().split(" ").map(Number);
-  if (!success || wall === undefined || user === undefined || system === undefined) {
+  const [seconds, user, system] = new TextDecoder().decode(stdout).trim().split(" ").map(Number);
+  if (!success || seconds === undefined || user === undefined || system === undefined) {
     throw new Error(new TextDecoder().decode(stderr).trim().split("\n")[0] || `exit status ${code}`);
   }
-  return { seconds: wall, cpuSeconds: user + system, largestMiB: largest / 1024, togetherMiB: together / 1024 };
+  return { seconds, cpuSeconds: user + system, peakMiB, largestMiB, pssMiB };
 }
 
-/** A process and its descendants. Only a main thread's children are followed: shells and tar have no other thread. */
+/** What the scripts know of their surroundings. */
+function variables({ bench, layer, hostPort }: Place): Record<string, string> {
+  const repository = layer?.repository ?? "";
+  const digest = layer?.digest ?? "";
+  return {
+    PATH: Deno.env.get("PATH") ?? "",
+    HOME: bench.scratch,
+    DENO_DIR: bench.denoDir,
+    DENO_NO_UPDATE_CHECK: "1",
+    DENO: Deno.execPath(),
+    MODULE: bench.options.module,
+    EMPTY: `${bench.scratch}/empty.ts`,
+    OUT: `${bench.workspace.inside}/turn/out`,
+    SCRATCH: `${bench.workspace.inside}/turn`,
+    CACHE: `${bench.workspace.inside}/cache`,
+    HOST_PORT: hostPort,
+    REPOSITORY: repository,
+    DIGEST: digest,
+    SHA256: digest.slice("sha256:".length),
+    BLOB: `http://${hostPort}/v2/${repository}/blobs/${digest}`,
+    FILE: blobPath(bench.storage, digest),
+  };
+}
+
+/** A process and its descendants. Only the main thread's children are followed: shells and tar have no other thread. */
 function processTree(pid: number): number[] {
   const children = readOrNothing(`/proc/${pid}/task/${pid}/children`).split(" ").filter(Boolean).map(Number);
   return [pid, ...children.flatMap(processTree)];
 }
 
-/** In KiB. */
-function memoryOf(pid: number): { highest: number; now: number } {
-  const status = readOrNothing(`/proc/${pid}/status`);
-  const field = (name: string) => Number(new RegExp(`^${name}:\\s+(\\d+)`, "m").exec(status)?.[1] ?? 0);
-  return { highest: field("VmHWM"), now: field("VmRSS") };
+/** A field of a file in /proc, which says kB and means KiB. */
+function mebibytesOf(field: string, text: string): number {
+  return Number(new RegExp(`^${field}:\\s+(\\d+)`, "m").exec(text)?.[1] ?? 0) / 1024;
+}
+
+function sum(values: number[]): number {
+  return values.reduce((total, value) => total + value, 0);
 }
 
 function readOrNothing(path: string): string {
   try {
     return Deno.readTextFileSync(path);
   } catch {
-    return ""; // the process has ended meanwhile
-  }
-}
-
-function killedOnInterrupt(pid: number): Disposable {
-  const killAll = () => processTree(pid).forEach((one) => kill(one, "SIGKILL"));
-  interrupt.signal.addEventListener("abort", killAll);
-  return { [Symbol.dispose]: () => interrupt.signal.removeEventListener("abort", killAll) };
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// 4 The layer. To gzip a wheel is noise, but not quite: wheels from PyPI shrink by 1.3 % and take twice as long to
-//   inflate as noise, which gzip merely stores. In every other 64 KiB two bytes of three lose their top bit, which comes
-//   to the same shrinkage and the same time. Sizes are lognormal; the random numbers come from a cipher with a fixed
-//   key, so that the layer is the same everywhere. It goes into the registry's storage as if it had been pushed.
-// ---------------------------------------------------------------------------------------------------------------------
-
-interface Layer {
-  digest: string;
-  size: number;
-  /** What lies in the directory after a run. */
-  files: number;
-  bytes: number;
-}
-
-const MEDIAN_WHEEL_BYTES = 150_000, WHEEL_SIGMA = 1.8, MAX_WHEEL_BYTES = 80_000_000;
-
-const PACK = `cd "$1"; tar --sort=name --owner=0 --group=0 --numeric-owner --mode=644 --mtime=@1700000000 -cf ../tar *
-cd ..; sha256sum tar; gzip -6n tar; sha256sum tar.gz`;
-
-async function makeLayer(megabytes: number, scratch: string, storage: string): Promise<Layer> {
-  say(`making a layer of ${megabytes} MB`);
-  const directory = `${scratch}/wheels`;
-  await Deno.mkdir(directory);
-  const cipher = createCipheriv("aes-128-ctr", new Uint8Array(16), new Uint8Array(16));
-  const random = (bytes: number): Uint8Array<ArrayBuffer> => cipher.update(new Uint8Array(bytes)).slice();
-  const uniform = () => (new DataView(random(4).buffer).getUint32(0) + 1) / (2 ** 32 + 1);
-  let constraints = "";
-  for (let number = 1, bytes = 0; bytes < megabytes * 1e6; number++) {
-    interrupt.signal.throwIfAborted();
-    const normal = Math.sqrt(-2 * Math.log(uniform())) * Math.cos(2 * Math.PI * uniform()); // Box and Muller
-    const size = Math.round(Math.min(MEDIAN_WHEEL_BYTES * Math.exp(WHEEL_SIGMA * normal) + 1000, MAX_WHEEL_BYTES));
-    const wheel = random(size);
-    for (let at = 0; at < size; at++) if (at & 0x10000 && at % 3) wheel[at]! &= 0x7f;
-    wheel.set([0x50, 0x4b, 3, 4]); // "PK", as zip files begin
-    await Deno.writeFile(`${directory}/package_${number}-1.${number % 30}-py3-none-any.whl`, wheel);
-    constraints += `package-${number}===1.${number % 30}\n`;
-    bytes += size;
-  }
-  await Deno.writeTextFile(`${directory}/upper-constraints.txt`, constraints);
-  const sums = await output("bash", ["-euc", PACK, "bash", directory]);
-  const [diffId = "", digest = ""] = sums.match(/^[0-9a-f]{64}/gm)?.map((hex) => `sha256:${hex}`) ?? [];
-  const path = `${scratch}/tar.gz`;
-  const layer = { digest, size: (await Deno.stat(path)).size, ...count(directory) };
-  await store(storage, path, layer, diffId);
-  await Deno.remove(directory, { recursive: true });
-  await Deno.writeTextFile(`${storage}/layer.json`, JSON.stringify(layer));
-  return layer;
-}
-
-/** Lays the image out as distribution's filesystem driver keeps it: blobs by digest, and links that say who has them. */
-async function store(storage: string, path: string, layer: Layer, diffId: string): Promise<void> {
-  const root = `${storage}/docker/registry/v2`, repository = `${root}/repositories/${REPOSITORY}`;
-  const write = async (directory: string, file: string, text: string) => {
-    await Deno.mkdir(directory, { recursive: true });
-    await Deno.writeTextFile(`${directory}/${file}`, text);
-  };
-  const blobDirectory = (digest: string) => `${root}/blobs/sha256/${digest.slice(7, 9)}/${digest.slice(7)}`;
-  const writeJson = async (value: unknown) => {
-    const text = JSON.stringify(value);
-    const digest = `sha256:${createHash("sha256").update(text).digest("hex")}`;
-    await write(blobDirectory(digest), "data", text);
-    return { size: text.length, digest };
-  };
-  const docker = "application/vnd.docker";
-  const rootfs = { type: "layers", diff_ids: [diffId] };
-  const config = await writeJson({ architecture: "amd64", os: "linux", config: {}, rootfs });
-  const manifest = await writeJson({
-    schemaVersion: 2,
-    mediaType: `${docker}.distribution.manifest.v2+json`,
-    config: { mediaType: `${docker}.container.image.v1+json`, ...config },
-    layers: [{ mediaType: `${docker}.image.rootfs.diff.tar.gzip`, size: layer.size, digest: layer.digest }],
-  });
-  await Deno.mkdir(blobDirectory(layer.digest), { recursive: true });
-  await Deno.rename(path, `${blobDirectory(layer.digest)}/data`);
-  const part = (digest: string) => digest.replace(":", "/");
-  for (const { digest } of [layer, config]) await write(`${repository}/_layers/${part(digest)}`, "link", digest);
-  for (const directory of [`revisions/${part(manifest.digest)}`, "tags/1/current"]) {
-    await write(`${repository}/_manifests/${directory}`, "link", manifest.digest);
+    return ""; // no such file, or the process has ended meanwhile
   }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 5 Scenarios: the registry itself; nginx before it, which holds each connection to a rate; a network namespace on the
-//   far end of a slow link, where the clients run.
+// 5 Servers: the registry, and before it a relay (relay.ts) that stands for a slow link.
 // ---------------------------------------------------------------------------------------------------------------------
 
-const SCENARIOS: Scenario[] = [
-  {
-    name: "loopback",
-    title: "Loopback",
-    open: async (stack, bench) => ({ hostPort: await startRegistry(stack, bench, "127.0.0.1"), wrapper: [] }),
-  },
-  {
-    name: "throttled",
-    title: `Each connection held to ${THROTTLE_BYTES_PER_SECOND / 1e6} MB/s`,
-    open: async (stack, bench) => ({ hostPort: await startThrottle(stack, bench), wrapper: [] }),
-  },
-  { name: "delayed", title: `${DELAY_MS} ms of delay (round trip)`, open: openDelayed },
-];
-
-async function startRegistry(stack: AsyncDisposableStack, bench: Bench, address: string): Promise<string> {
-  const hostPort = `${address}:${freePort(address)}`;
-  const config = `${bench.scratch}/registry.yml`;
+async function startRegistry(
+  stack: AsyncDisposableStack,
+  { storage, scratch }: { storage: string; scratch: string },
+): Promise<string> {
+  if (!which("docker-registry")) throw new Error("Cannot start docker-registry: it is not installed");
+  const hostPort = `127.0.0.1:${freePort()}`;
+  const config = `${scratch}/registry.yml`;
   await Deno.writeTextFile(
     config,
     `version: 0.1
 log: { level: error, accesslog: { disabled: true } }
-storage: { cache: { blobdescriptor: inmemory }, filesystem: { rootdirectory: "${bench.storage}" } }
+storage: { cache: { blobdescriptor: inmemory }, filesystem: { rootdirectory: "${storage}" } }
 http: { addr: "${hostPort}" }
 `,
   );
-  await serve(stack, "docker-registry", ["serve", config], hostPort);
-  return hostPort;
-}
-
-/**
- * nginx's `limit_rate` is a pause after each send, as long as what was sent takes at the rate; what is sent last is
- * free. So the buffers are kept small beside a range (a client must not get 8 MiB in one free send) and big enough for
- * pauses of several milliseconds, the timer's unit. Nothing is kept on disk: it would read ahead of the client.
- * `probe()` shows that the rate is in force for a whole blob and for ranges alike.
- */
-async function startThrottle(stack: AsyncDisposableStack, bench: Bench): Promise<string> {
-  if (!which("nginx")) throw new Skipped("nginx is missing");
-  const registry = await startRegistry(stack, bench, "127.0.0.1");
-  const hostPort = `127.0.0.1:${freePort("127.0.0.1")}`;
-  const temporary = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"].map((kind) => `${kind}_temp_path ${kind};`);
-  await Deno.writeTextFile(
-    `${bench.scratch}/nginx.conf`,
-    `daemon off; pid nginx.pid; error_log stderr error; worker_processes 1;
-events { worker_connections 256; }
-http {
-  access_log off; ${temporary.join(" ")}
-  upstream registry { server ${registry}; keepalive 16; }
-  server {
-    listen ${hostPort};
-    location / {
-      proxy_pass http://registry; proxy_http_version 1.1;
-      proxy_set_header Connection ""; proxy_set_header Host $http_host;
-      proxy_buffering on; proxy_buffers 16 64k; proxy_busy_buffers_size 512k; proxy_max_temp_file_size 0;
-      limit_rate ${THROTTLE_BYTES_PER_SECOND};
-    }
-  }
-}
-`,
-  );
-  await serve(stack, "nginx", ["-p", bench.scratch, "-e", "stderr", "-c", "nginx.conf"], hostPort);
-  return hostPort;
-}
-
-/** Both ends of a veth pair hold packets for half of the delay. The far end is a namespace that the clients run in. */
-async function openDelayed(stack: AsyncDisposableStack, bench: Bench): Promise<Site> {
-  const missing = ["ip", "tc"].find((program) => !which(program));
-  if (missing) throw new Skipped(`${missing} is missing`);
-  if (Deno.uid() !== 0) throw new Skipped("network namespaces need root");
-  const [name, near, far] = [`fwbench${Deno.pid}`, `fwb${Deno.pid}n`, `fwb${Deno.pid}f`];
-  // The default limit of 1000 packets would be a loss at this speed, and that is another scenario.
-  const netem = ["root", "netem", "delay", `${DELAY_MS / 2}ms`, "limit", "100000"];
-  try {
-    await output("ip", ["netns", "add", name]);
-    stack.defer(() => output("ip", ["netns", "del", name]).then(() => {}));
-    await output("ip", ["link", "add", near, "type", "veth", "peer", "name", far, "netns", name]);
-    stack.defer(() => output("ip", ["link", "del", near]).then(() => {}));
-    await output("ip", ["addr", "add", `${NEAR}/30`, "dev", near]);
-    await output("ip", ["-n", name, "addr", "add", `${FAR}/30`, "dev", far]);
-    await output("ip", ["link", "set", near, "up"]);
-    await output("ip", ["-n", name, "link", "set", far, "up"]);
-    await output("ip", ["-n", name, "link", "set", "lo", "up"]);
-    await output("tc", ["qdisc", "add", "dev", near, ...netem]);
-    await output("tc", ["-n", name, "qdisc", "add", "dev", far, ...netem]);
-  } catch (error) {
-    interrupt.signal.throwIfAborted();
-    throw new Skipped(`no namespace with a delay here: ${(error as Error).message.replace(/^Error: |\.$/g, "")}`);
-  }
-  return { hostPort: await startRegistry(stack, bench, NEAR), wrapper: ["ip", "netns", "exec", name] };
-}
-
-/** Starts a server, waits until it answers, and has `stack` stop it. */
-async function serve(stack: AsyncDisposableStack, program: string, args: string[], hostPort: string): Promise<void> {
-  const server = new Deno.Command(program, { args, stdout: "null", stderr: "inherit" }).spawn();
-  stack.defer(async () => {
-    kill(server.pid, "SIGTERM");
-    await server.status;
-  });
+  const command = new Deno.Command("docker-registry", { args: ["serve", config], stdout: "null", stderr: "inherit" });
+  stopLater(stack, command.spawn());
   for (let attempt = 0; attempt < 100; attempt++) {
     interrupt.signal.throwIfAborted();
-    const up = await fetch(`http://${hostPort}/v2/`).then((response) => response.text(), () => undefined);
-    if (up !== undefined) return;
+    const answer = await fetch(`http://${hostPort}/v2/`).then((response) => response.text(), () => undefined);
+    if (answer !== undefined) return hostPort;
     await delay(100);
   }
-  throw new Error(`Cannot start "${program}": it does not answer at ${hostPort}`);
+  throw new Error(`Cannot start docker-registry: it does not answer at ${hostPort}`);
 }
 
-function freePort(hostname: string): number {
-  using listener = Deno.listen({ hostname, port: 0 });
+async function startRelay(
+  stack: AsyncDisposableStack,
+  { delayMs, bytesPerSecond }: NonNullable<Scenario["link"]>,
+  registry: string,
+): Promise<string> {
+  const relay = fileURLToPath(new URL("relay.ts", import.meta.url));
+  const args = ["run", "--allow-net=127.0.0.1", relay, registry.split(":")[1]!, `${delayMs}`, `${bytesPerSecond}`];
+  const child = new Deno.Command(Deno.execPath(), { args, stdout: "piped" }).spawn();
+  stopLater(stack, child);
+  const reader = child.stdout.getReader();
+  const { value } = await reader.read(); // one line: its port
+  await reader.cancel();
+  interrupt.signal.throwIfAborted();
+  return `127.0.0.1:${new TextDecoder().decode(value).trim()}`;
+}
+
+function stopLater(stack: AsyncDisposableStack, child: Deno.ChildProcess): void {
+  stack.defer(async () => {
+    kill(child.pid, "SIGTERM");
+    await child.status;
+  });
+}
+
+function freePort(): number {
+  using listener = Deno.listen({ hostname: "127.0.0.1", port: 0 });
   return listener.addr.port;
 }
 
-/** What the network gives to bare curl: shows that the scenario is in force, and that no server is what limits it. */
-async function probe(site: Site, bench: Bench): Promise<string> {
-  if (!which("curl")) return "No curl, hence no look at the network itself.";
-  say("looking at the network");
-  const seconds = async (script: string) => (await timed(script, site, bench)).seconds;
-  const rate = (bytes: number, time: number) => `${(bytes / 1e6 / time).toFixed(0)} MB/s`;
-  const [one, four] = ["-o /dev/null $BLOB ", "curl -fsS -o /dev/null $BLOB -r"];
-  const { layer } = bench;
-  const quarter = Math.ceil(layer.size / 4);
-  const starts = [0, 1, 2, 3].map((index) => index * quarter);
-  const range = Math.min(RANGE_BYTES, layer.size);
-  await seconds(`curl -fsS ${one}`); // into the page cache
-  const whole = await seconds(`curl -fsS ${one}`);
-  const ranges = await seconds(`curl -fsS -r 0-${range - 1} ${one.repeat(8)}`);
-  const parallel = await seconds(starts.map((at) => `${four} ${at}-${at + quarter - 1} &`).join(" ") + " wait");
-  return `Bare curl to /dev/null: one connection ${rate(layer.size, whole)}, one connection in ranges of 4 MiB ` +
-    `${rate(8 * range, ranges)}, four connections ${rate(layer.size, parallel)}.`;
+/** What a link gives to bare curl: shows that its limits are in force, and that the relay is not a limit of its own. */
+async function probe(place: Place): Promise<string> {
+  if (!which("curl")) return "Not probed: curl is missing.";
+  const get = `curl -fsS -o /dev/null -r 0-${PROBE_BYTES - 1} "$BLOB"`;
+  const url = `http://${place.hostPort}/v2/`;
+  const first = Number(await output("curl", ["-fsS", "-o", "/dev/null", "-w", "%{time_starttransfer}", url]));
+  const rate = async (connections: number) => {
+    const { seconds } = await measure(`for _ in $(seq ${connections}); do ${get} & done; wait`, place);
+    const bytes = connections * Math.min(PROBE_BYTES, place.layer?.size ?? 0);
+    return `${(bytes / 1e6 / (seconds - first)).toFixed(0)} MB/s`;
+  };
+  const [one, four] = [await rate(1), await rate(4)];
+  return `The link is a relay in user space (bench/relay.ts). It gives bare curl the first byte after ` +
+    `${(first * 1000).toFixed(0)} ms, then ${one} on one connection and ${four} on four.`;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // 6 Report
 // ---------------------------------------------------------------------------------------------------------------------
 
-function table(results: Results): string {
-  const escape = (text: string) => text.replaceAll("|", "\\|");
-  const rows = [
-    "| contestant | seconds | times as long as fetch_wheels | CPU seconds | peak MiB: largest process (all) |",
-    "| --- | --- | --- | --- | --- |",
+function table({ peers }: Scenario, results: Results): string {
+  const lines = [
+    row("contestant", "seconds", "speed", "CPU seconds", "peak MiB: all processes (largest)"),
+    "|---|---|---|---|---|",
   ];
-  const own = results.get(FETCH_WHEELS);
   for (const [name, costs] of results) {
+    const { title } = CONTESTANTS[name]!;
     if (!Array.isArray(costs)) {
-      rows.push(`| ${escape(name)} | ${escape(costs)} | | | |`);
+      lines.push(row(title, costs, "", "", ""));
       continue;
     }
-    const column = (field: keyof Cost) => costs.map((cost) => cost[field]);
-    const ratios = Array.isArray(own) ? own.map((cost, round) => (costs[round]?.seconds ?? NaN) / cost.seconds) : [];
-    const memory = `${Math.max(...column("largestMiB")).toFixed(0)} (${Math.max(...column("togetherMiB")).toFixed(0)})`;
-    const times = [spread(column("seconds"), 2), spread(ratios, 2), spread(column("cpuSeconds"), 2)];
-    rows.push(`| ${[escape(name), ...times, memory].join(" | ")} |`);
+    const speeds = costs.map(({ seconds }, round) => fastest(peers, results, round) / seconds);
+    const greatest = (field: keyof Cost) => Math.max(...costs.map((cost) => cost[field])).toFixed(0);
+    const isSeen = greatest("peakMiB") !== "0"; // else every run was shorter than the time between two samples
+    const pss = greatest("pssMiB") === "0" ? "" : `, PSS ${greatest("pssMiB")}`;
+    lines.push(row(
+      title,
+      spread(costs.map(({ seconds }) => seconds), (value) => value.toFixed(3)),
+      spread(speeds, (value) => value.toFixed(2)),
+      spread(costs.map(({ cpuSeconds }) => cpuSeconds), (value) => value.toFixed(2)),
+      isSeen ? `${greatest("peakMiB")} (${greatest("largestMiB")}${pss})` : "",
+    ));
   }
-  return rows.join("\n");
+  return lines.join("\n");
+}
+
+function row(...cells: string[]): string {
+  return `| ${cells.map((cell) => cell.replaceAll("|", "\\|")).join(" | ")} |`;
+}
+
+/** The seconds of the fastest peer in one round; NaN if there is none. */
+function fastest(peers: string[], results: Results, round: number): number {
+  const seconds = peers.flatMap((name) => {
+    const costs = results.get(name);
+    return Array.isArray(costs) ? costs[round]?.seconds ?? [] : [];
+  });
+  return seconds.length > 0 ? Math.min(...seconds) : NaN;
+}
+
+function judge({ title, contestants, peers, target }: Scenario, results: Results): Verdict {
+  const own = results.get(contestants[0]!);
+  const values = Array.isArray(own)
+    ? own.map((cost, round) => target.measure(cost, fastest(peers, results, round))).filter(Number.isFinite)
+    : [];
+  return { title, target, values, absent: peers.filter((name) => !Array.isArray(results.get(name))) };
+}
+
+function outcome({ target, values, absent }: Verdict): string {
+  if (values.length === 0) return "not measured";
+  return (target.isMet(values) ? "met" : "missed") + (absent.length > 0 ? ` (without ${absent.join(", ")})` : "");
+}
+
+function targetTable(verdicts: Verdict[]): string {
+  const lines = verdicts.map((verdict) =>
+    row(verdict.title, verdict.target.text, spread(verdict.values, verdict.target.format), outcome(verdict))
+  );
+  return [row("scenario", "target", "measured", "result"), "|---|---|---|---|", ...lines].join("\n");
 }
 
 /** Median (least..greatest). */
-function spread(values: number[], digits: number): string {
-  const sorted = values.filter(Number.isFinite).sort((a, b) => a - b);
-  const middle = ((sorted[(sorted.length - 1) >> 1] ?? NaN) + (sorted[sorted.length >> 1] ?? NaN)) / 2;
-  const text = (value = NaN) => value.toFixed(digits);
-  return sorted.length === 0 ? "" : `${text(middle)} (${text(sorted[0])}..${text(sorted.at(-1))})`;
+function spread(values: number[], format: (value: number) => string): string {
+  const finite = values.filter(Number.isFinite);
+  if (finite.length === 0) return "";
+  return `${format(median(finite))} (${format(Math.min(...finite))}..${format(Math.max(...finite))})`;
 }
 
-async function headLines(bench: Bench, contestants: Contestant[]): Promise<string> {
+function median(values: number[]): number {
+  const sorted = values.toSorted((a, b) => a - b);
+  return (sorted[(sorted.length - 1) >> 1]! + sorted[sorted.length >> 1]!) / 2;
+}
+
+async function headLines({ options, workspace, scratch }: Bench): Promise<string> {
   const cpu = /model name\s*: (.*)/.exec(readOrNothing("/proc/cpuinfo"))?.[1] ?? Deno.build.arch;
   const memory = `${(Deno.systemMemoryInfo().total / 2 ** 30).toFixed(0)} GiB of memory`;
-  const fileSystem = (await output("df", ["--output=fstype", bench.scratch])).trim().split("\n").at(-1);
-  const programs = [...new Set(["docker-registry", "nginx", ...contestants.flatMap(({ needs }) => needs)])];
-  const versions = await Promise.all(programs.filter((one) => one !== "tee").map(version));
-  const ms = bench.module ? await startUpTimes(bench) : [];
-  return `Machine: ${navigator.hardwareConcurrency} cores (${cpu}), ${memory}, ${fileSystem}, Linux ${Deno.osRelease()}.
-Layer: ${(bench.layer.size / 1e6).toFixed(0)} MB, ${bench.layer.files} files, gzip -6.
-Versions: deno ${Deno.version.deno}, ${versions.filter(Boolean).join(", ")}.
-${ms.length ? `Start-up, \`fetch_wheels.ts --version\`: ${spread(ms, 0)} ms.` : "Start-up: no module to measure."}
+  const fileSystem = async (path: string) => (await output("df", ["--output=fstype", path])).trim().split("\n").at(-1);
+  const programs = new Set(["docker-registry", ...options.scenarios.flatMap(programsOf)]);
+  const versions = await Promise.all([...programs].map(version));
+  const module = createHash("sha256").update(Deno.readFileSync(options.module)).digest("hex").slice(0, 12);
+  return `Date: ${new Date().toISOString().slice(0, 16)}Z, load average at the start ${Deno.loadavg()[0]!.toFixed(2)}.
+Machine: ${navigator.hardwareConcurrency} cores (${cpu}), ${memory}, Linux ${Deno.osRelease()}.
+Output to ${await fileSystem(workspace.path)}, registry on ${await fileSystem(scratch)} (in the page cache).
+Versions: deno ${Deno.version.deno}, ${versions.join(", ")}; fetch_wheels.ts sha256 ${module}….
+Rounds: ${options.rounds}.${options.scale === 1 ? "" : ` Not comparable: layers are scaled by ${options.scale}.`}
 
-Medians with (least..greatest); ratios are taken within each round; memory is the greatest of all rounds.`;
-}
-
-async function startUpTimes(bench: Bench): Promise<number[]> {
-  const times = [];
-  for (let run = 0; run < 10; run++) {
-    const start = performance.now();
-    await output(Deno.execPath(), ["run", "--allow-net", "--allow-read", "--allow-env", bench.module, "--version"]);
-    times.push(performance.now() - start);
-  }
-  return times;
+Medians with (least..greatest). Speed is the time of the fastest peer in the same round, divided by the contestant's.
+Memory is the greatest of all rounds.`;
 }
 
 async function version(program: string): Promise<string> {
-  if (!which(program)) return "";
-  const flag = { nginx: "-v", openssl: "version", crane: "version" }[program] ?? "--version";
-  const { stdout, stderr } = await new Deno.Command(program, { args: [flag] }).output();
-  const text = new TextDecoder().decode(stdout) + new TextDecoder().decode(stderr);
-  return `${program} ${/\d+\.\d[\w.+-]*/.exec(text)?.[0] ?? "of unknown version"}`;
+  if (!which(program)) return `${program} missing`;
+  const flag = ["openssl", "crane", "oras"].includes(program) ? "version" : "--version";
+  const text = await output(program, [flag]);
+  const number = /\d+\.\d[\w.+-]*/.exec(text)?.[0] ?? "of unknown version";
+  const zstd = text.includes("libzstd") ? " with libzstd" : " without libzstd";
+  return `${program} ${number}${program === "bsdtar" ? zstd : ""}`;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -622,21 +756,16 @@ async function version(program: string): Promise<string> {
 /** Runs a program to its end and returns its stdout; throws with the first line of its stderr. */
 async function output(program: string, args: string[], env: Record<string, string> = {}): Promise<string> {
   const child = new Deno.Command(program, { args, env, stdout: "piped", stderr: "piped" }).spawn();
-  using _ = killedOnInterrupt(child.pid); // but what starts after the interrupt, to undo things, is left to run
+  using _ = killedOnAbort(child.pid, interrupt.signal);
   const { success, stdout, stderr } = await child.output();
   if (success) return new TextDecoder().decode(stdout);
   throw new Error(new TextDecoder().decode(stderr).trim().split("\n")[0] || `${program} failed`);
 }
 
-function which(program: string): string | undefined {
-  const directories = Deno.env.get("PATH")?.split(":") ?? [];
-  return directories.find((directory) => {
-    try {
-      return Deno.statSync(`${directory}/${program}`).isFile;
-    } catch {
-      return false;
-    }
-  });
+function killedOnAbort(pid: number, signal: AbortSignal): Disposable {
+  const killAll = () => processTree(pid).forEach((one) => kill(one, "SIGKILL"));
+  signal.addEventListener("abort", killAll);
+  return { [Symbol.dispose]: () => signal.removeEventListener("abort", killAll) };
 }
 
 function kill(pid: number, signal: Deno.Signal): void {
@@ -647,13 +776,21 @@ function kill(pid: number, signal: Deno.Signal): void {
   }
 }
 
+function which(program: string): boolean {
+  return (Deno.env.get("PATH") ?? "").split(":").some((directory) => isFile(`${directory}/${program}`));
+}
+
+function isFile(path: string): boolean {
+  return statSync(path, { throwIfNoEntry: false })?.isFile() ?? false;
+}
+
 /** Progress: to stderr, so that stdout is the report alone. */
 function say(step: string): void {
   console.error(`bench: ${step}`);
 }
 
 if (import.meta.main) {
-  for (const signal of ["SIGINT", "SIGTERM"] as const) {
+  for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"] as const) {
     Deno.addSignalListener(signal, () => interrupt.abort());
   }
   try {
