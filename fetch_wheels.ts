@@ -40,19 +40,20 @@
 import { Buffer } from "node:buffer";
 import * as crypto from "node:crypto";
 import * as fs from "node:fs";
-import * as http from "node:http";
-import * as https from "node:https";
+import type { ClientRequestArgs, IncomingMessage } from "node:http";
+import type { Agent } from "node:https";
 import * as net from "node:net";
 import { basename, dirname, join, posix, resolve as resolvePath } from "node:path";
 import process from "node:process";
 import { setTimeout as sleep } from "node:timers/promises";
-import * as tls from "node:tls";
+import type { ConnectionOptions, TLSSocket } from "node:tls";
 import { Command, CommanderError, Option } from "npm:commander@^15.1.0";
 import { Gunzip, ZstdDecompress } from "npm:minizlib@^3.1.0";
 // @ts-types="npm:@types/picomatch@^4.0.0"
 import picomatch from "npm:picomatch@^4.0.3";
 
 const VERSION = "0.2.0";
+const MIN_DENO = "2.9.2"; // older ones lack file locks, or lose connections that are resumed
 
 const DEFAULT_DEST = "/tmp/wheels";
 const DEFAULT_WHEELS_FILE = "/opt/loci/wheels";
@@ -83,13 +84,13 @@ const READ_BYTES = 256 * 1024; // larger buffers cost page faults, smaller ones 
 const RANGE_BYTES = 4 * 1024 * 1024; // memory is bounded by this times the connections
 const PARALLEL_BYTES = 16 * 1024 * 1024; // below this, a second connection costs more than it brings
 const PREFETCH_BYTES = 16 * 1024 * 1024; // of the next layer, while the previous one is extracted
-const SAMPLE_MS = 250; // over which the rate of a download is measured
+const SAMPLE_MS = 150; // over which the rate of a download is measured
 const MAX_SETTLING_SAMPLES = 8; // that more connections have to deliver their first bytes
 const FAST_BYTES_PER_SECOND = 250e6; // such a connection keeps verification and extraction busy
 const WORTHWHILE_GAIN = 1.25; // more connections must raise the total rate by this factor, or they are given up
 
 const INFLATED_BYTES = 256 * 1024; // the decoder's output buffers, and reads from a disk
-const DEFLATED_BYTES = 64 * 1024; // a gzip decoder's input, which inflates to a thousand times as much at most
+const DEFLATED_BYTES = 128 * 1024; // a gzip decoder's input, which inflates to a thousand times as much at most
 const TAR_BLOCK_BYTES = 512;
 const MAX_EXTENSION_BYTES = 1024 * 1024; // of an extension header, with names and attributes; as in Go
 const MAX_MTIME_SECONDS = 2 ** 34; // limit of a file's time; the kernel lowers it to what the file system can hold
@@ -1603,7 +1604,7 @@ class Transport implements Disposable {
   readonly #settings: Settings;
   readonly #findProxy: (url: URL) => URL | undefined;
   readonly #clients = new Map<string, Deno.HttpClient>();
-  readonly #agents = new Map<string, https.Agent>();
+  readonly #agents = new Map<string, Agent>();
   /** Origins whose certificate only `node:https` accepts. */
   readonly #pinned = new Set<string>();
   /** The system's certificates, once they were needed. */
@@ -1662,7 +1663,7 @@ class Transport implements Disposable {
     const isFetchProxied = ["HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"].some(readEnvironment);
     const isMisrouted = proxy === undefined ? isFetchProxied : !proxy.protocol.startsWith("socks");
     const needsNode = insecure || isMisrouted || this.#pinned.has(url.origin);
-    if (url.protocol === "https:" && needsNode) return await sendByNode(this.#agentFor(exchange), exchange);
+    if (url.protocol === "https:" && needsNode) return await sendByNode(await this.#agentFor(exchange), exchange);
     return await sendByFetch(fetch, exchange, this.#clientFor(exchange));
   }
 
@@ -1682,14 +1683,16 @@ class Transport implements Disposable {
     return client;
   }
 
-  #agentFor({ url, proxy }: Exchange): https.Agent {
+  /** Node's modules are loaded when they are needed, because most runs do without them. */
+  async #agentFor({ url, proxy }: Exchange): Promise<Agent> {
+    const https = await import("node:https");
     const isPinned = this.#pinned.has(url.origin);
     const key = `${isPinned} ${proxy?.href}`;
     const agent = this.#agents.get(key) ?? new https.Agent({ keepAlive: true });
     this.#agents.set(key, agent);
     agent.createConnection = (target, callback) => {
-      const { exchange } = target as http.ClientRequestArgs & { exchange: Exchange };
-      const connecting = connectSecurely(exchange, this.#tlsOptions(isPinned));
+      const { exchange } = target as ClientRequestArgs & { exchange: Exchange };
+      const connecting = this.#tlsOptions(isPinned).then((options) => connectSecurely(exchange, options));
       connecting.then((socket) => callback?.(null, socket), (error) => callback?.(error, error));
       return undefined as never; // the callback receives the socket
     };
@@ -1697,10 +1700,11 @@ class Transport implements Disposable {
   }
 
   /** Without `ca`, Node's modules trust the built-in roots; to read those, Deno wants another permission. */
-  #tlsOptions(isPinned: boolean): tls.ConnectionOptions {
+  async #tlsOptions(isPinned: boolean): Promise<ConnectionOptions> {
     const { insecure, certificates } = this.#settings;
     if (insecure) return { rejectUnauthorized: false };
     if (!isPinned) return {};
+    const tls = await import("node:tls");
     const given = certificates.map((text) => new crypto.X509Certificate(text).raw);
     return {
       ca: [...certificates, ...this.#system ?? []],
@@ -1743,10 +1747,11 @@ function bodyReader(stream: ReadableStream<Uint8Array<ArrayBuffer>> | null): Ans
   };
 }
 
-async function sendByNode(agent: https.Agent, exchange: Exchange): Promise<Answer> {
+async function sendByNode(agent: Agent, exchange: Exchange): Promise<Answer> {
   const { url, method, headers, form, signal } = exchange;
   const all = form === undefined ? headers : { ...headers, "content-type": "application/x-www-form-urlencoded" };
-  const answered = Promise.withResolvers<http.IncomingMessage>();
+  const https = await import("node:https");
+  const answered = Promise.withResolvers<IncomingMessage>();
   // The agent passes `exchange` on to its `createConnection`.
   const options = { method, headers: all, agent, signal, exchange };
   const request = https.request(url, options, answered.resolve);
@@ -1764,7 +1769,8 @@ async function sendByNode(agent: https.Agent, exchange: Exchange): Promise<Answe
 }
 
 /** Opens a TLS connection to a server, through a tunnel if there is a proxy. */
-async function connectSecurely(exchange: Exchange, options: tls.ConnectionOptions): Promise<tls.TLSSocket> {
+async function connectSecurely(exchange: Exchange, options: ConnectionOptions): Promise<TLSSocket> {
+  const tls = await import("node:tls");
   const { url, signal } = exchange;
   const host = bareHost(url.hostname);
   const servername = net.isIP(host) ? "" : host;
@@ -1781,8 +1787,9 @@ async function connectSecurely(exchange: Exchange, options: tls.ConnectionOption
 }
 
 /** Opens a tunnel through an HTTP proxy, if there is one (RFC 9110, section 9.3.6). */
-async function openTunnel({ url, proxy, signal }: Exchange, options: tls.ConnectionOptions) {
+async function openTunnel({ url, proxy, signal }: Exchange, options: ConnectionOptions) {
   if (proxy === undefined) return undefined;
+  const [http, tls] = await Promise.all([import("node:http"), import("node:tls")]);
   if (proxy.protocol.startsWith("socks")) {
     const hint = "SOCKS proxies do not work with --insecure or --ca-file";
     throw requestError(url, `proxy ${displayOrigin(proxy)} cannot be used here`, { isTransient: false, hint });
@@ -2049,7 +2056,10 @@ class Registry implements ImageStore {
     this.#hasPinged = true;
     const budget = this.http.newBudget({ retries: this.#retries });
     const ping = await this.http.request([new URL("/v2/", url)], {}, budget);
-    const isChallenged = ping.status === 401 && await this.#answerChallenge(ping, undefined);
+    // Without credentials, only a token can help.
+    const hasBearer = /\bbearer\b/i.test(ping.headers.get("www-authenticate") ?? "");
+    const isUseful = hasBearer || await this.options.credentials() !== undefined;
+    const isChallenged = ping.status === 401 && isUseful && await this.#answerChallenge(ping, undefined);
     ping.cancel();
     if (isChallenged) cancel();
     return isChallenged;
@@ -3600,25 +3610,37 @@ async function* decompress(bytes: AsyncIterable<Uint8Array>, name: string): Asyn
   }
 }
 
-/** Writes each piece and yields what came out of it. The decoder works synchronously and throws its errors from `write`. */
+/**
+ * Writes each piece and yields what came out of it. The decoder works synchronously and throws its errors from `write`.
+ * Frees each buffer at once: the garbage collector would take its time, and memory that was just used is faster.
+ */
 async function* inflate(
   decoder: Gunzip | ZstdDecompress,
   pieces: AsyncIterable<Uint8Array>,
   fail: (state: string) => Error,
 ): AsyncGenerator<Uint8Array> {
-  const ready: Uint8Array[] = [];
-  decoder.on("data", (chunk) => ready.push(chunk));
+  const ready: Uint8Array<ArrayBuffer>[] = [];
+  decoder.on("data", (chunk) => ready.push(chunk as Uint8Array<ArrayBuffer>));
   const run = (step: () => void) => {
     try {
       step();
-      return ready.splice(0);
     } catch (error) {
       throw fail((error as Error).message.replace(/^zlib: /, ""));
     }
   };
+  async function* drained(): AsyncGenerator<Uint8Array> {
+    for (const chunk of ready.splice(0)) {
+      yield chunk;
+      if (chunk.byteLength === chunk.buffer.byteLength) chunk.buffer.transfer(0);
+    }
+  }
   try {
-    for await (const piece of pieces) yield* run(() => decoder.write(piece as Buffer));
-    yield* run(() => decoder.end());
+    for await (const piece of pieces) {
+      run(() => decoder.write(piece as Buffer));
+      yield* drained();
+    }
+    run(() => decoder.end());
+    yield* drained();
   } finally {
     decoder.close();
   }
@@ -4264,8 +4286,7 @@ class WorkerTreeBuilder {
   }
 
   async extract(plan: ArchivePlan, bytes: AsyncIterable<Uint8Array>): Promise<void> {
-    await this.#call({ root: this.#root, plan });
-    const pending: Promise<FromWorker>[] = [];
+    const pending = [this.#call({ root: this.#root, plan })]; // the worker starts while the first bytes arrive
     for await (const batch of inBatches(interruptible(bytes, this.#failed.signal))) {
       pending.push(this.#call({ batch }, batch.map(({ buffer }) => buffer)));
       if (pending.length >= MAX_PENDING_BATCHES) await pending.shift();
@@ -5416,6 +5437,12 @@ function abortOnSignals(): AbortSignal {
 if (isWorker()) {
   await serveExtraction();
 } else if (import.meta.main) {
+  if (Deno.version.deno.localeCompare(MIN_DENO, "en", { numeric: true }) < 0) {
+    writeStderr(`fetch_wheels: Deno ${Deno.version.deno} is too old; the oldest that works is ${MIN_DENO}\n`);
+    Deno.exit(EXIT_CODES.usage);
+  }
+  const { filename } = import.meta; // undefined for a module from a URL
+  const isModuleReadable = filename === undefined || isGranted({ name: "read", path: filename });
   const status = await main(Deno.args, {
     env: readEnvironment,
     stdin: Deno.stdin.readable,
@@ -5424,7 +5451,7 @@ if (isWorker()) {
     columns: () => Deno.stderr.isTerminal() ? Deno.consoleSize().columns : undefined,
     isStdoutTerminal: Deno.stdout.isTerminal(),
     promptPassword: Deno.stdin.isTerminal() ? promptPassword : undefined,
-    workerUrl: import.meta.url,
+    workerUrl: isModuleReadable ? import.meta.url : undefined,
     signal: abortOnSignals(),
   });
   Deno.exit(status); // does not wait for anything that was given up

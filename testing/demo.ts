@@ -40,7 +40,7 @@ async function pushDemoImage(registry: TestRegistry): Promise<void> {
 }
 
 async function fetchImage(reference: string): Promise<void> {
-  const args = ["run", "--allow-net", "--allow-read", "--allow-write", "--allow-env", "fetch_wheels.ts"];
+  const args = ["run", "-q", "-P", "fetch_wheels.ts"];
   args.push("-d", DEST, reference);
   console.log(`\n$ deno ${args.join(" ")}`);
   await run(Deno.execPath(), args);
