@@ -4755,25 +4755,47 @@ function publish(root: string, entries: Extracted["entries"], settings: Settings
   perform(root, { dest, steps: planSteps(entries, settings) });
 }
 
-/** Directories come first, wheels next, text files last: readers of the constraints rely on the wheels. */
+/**
+ * Directories come first, wheels next, text files last: readers of the constraints rely on the wheels. A directory that
+ * DEST does not have is put as a whole.
+ */
 function planSteps(entries: Extracted["entries"], { dest, clean }: Settings): Journal["steps"] {
-  const names = clean && fs.existsSync(dest) ? onDisk("read", dest, () => fs.readdirSync(dest)) : [];
+  const isEmpty = !fs.existsSync(dest);
+  const names = clean && !isEmpty ? onDisk("read", dest, () => fs.readdirSync(dest)) : [];
   const old = names.filter((name) => !name.startsWith(stagingPrefix("")));
   const steps: Journal["steps"] = old.map((path) => ({ action: "take", path }));
-  if (!fs.existsSync(dest)) steps.push({ action: "make", path: "" });
+  if (isEmpty) steps.push({ action: "make", path: "" });
+  const lookUp = clean || isEmpty ? () => undefined : directoryLookUp();
+  const whole = new Set<string>();
   const rank = ([path, { kind }]: [string, TreeEntry]) => kind === "directory" ? 0 : path.endsWith(".txt") ? 2 : 1;
   for (const [path, { kind }] of [...entries].sort((a, b) => rank(a) - rank(b))) {
+    const isCovered = whole.has(posix.dirname(path));
+    if (kind === "directory" && isCovered) whole.add(path);
+    if (isCovered) continue;
     const target = join(dest, path);
-    const existing = clean ? undefined : onDisk("publish", target, () => lstatIfExists(target));
+    const existing = onDisk("publish", target, () => lookUp(target));
     if (kind !== "directory") {
       if (existing?.isDirectory()) throw ioError(`Cannot write ${quote(target)}: it is a directory`);
       if (existing !== undefined) steps.push({ action: "take", path });
       steps.push({ action: "put", path });
-    } else if (existing === undefined) steps.push({ action: "make", path });
-    else if (existing.isSymbolicLink()) throw unsafeError(path, `${quote(target)} is a symbolic link`);
+    } else if (existing === undefined) {
+      whole.add(path);
+      steps.push({ action: "put", path });
+    } else if (existing.isSymbolicLink()) throw unsafeError(path, `${quote(target)} is a symbolic link`);
     else if (!existing.isDirectory()) throw ioError(`Cannot write ${quote(target)}: it is not a directory`);
   }
   return steps;
+}
+
+/** Looks entries up by reading each directory once, because looking up names that do not exist is slow. */
+function directoryLookUp(): (path: string) => fs.Stats | undefined {
+  const listings = new Map<string, Set<string>>();
+  return (path) => {
+    const directory = dirname(path);
+    const names = listings.get(directory) ?? new Set(fs.readdirSync(directory));
+    listings.set(directory, names);
+    return names.has(basename(path)) ? lstatIfExists(path) : undefined;
+  };
 }
 
 /** Before DEST changes, a journal says how to undo the change; removing it is the moment at which the new state holds. */
