@@ -4939,7 +4939,9 @@ export interface Io extends Pick<FetchWheelsOptions, "workerUrl" | "signal"> {
  */
 export async function main(args: string[], io: Io): Promise<number> {
   const output = new Output(io);
+  // Looked up by hand, because the command line may be what is wrong.
   const isJson = args.includes("--json");
+  const isVerbose = args.some((arg) => /^(?:-v|--verbose)$/.test(arg));
   let status = 0;
   let text: string;
   try {
@@ -4949,7 +4951,7 @@ export async function main(args: string[], io: Io): Promise<number> {
     const failure = describeError(toPublicError(error, io.signal));
     output.log(failure.message);
     if (failure.hint !== null) output.log(`hint: ${failure.hint}`);
-    if (args.some((arg) => /^(?:-v|--verbose$)/.test(arg))) describeCauses(error).forEach((line) => output.log(line));
+    if (isVerbose) describeCauses(error).forEach((line) => output.log(line));
     status = EXIT_CODES[failure.kind];
     text = isJson ? `${JSON.stringify({ error: failure }, null, 2)}\n` : "";
   }
