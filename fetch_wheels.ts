@@ -1567,6 +1567,7 @@ const CONNECTION_FAILURES: [pattern: RegExp, state: string, options?: FailureDet
   [/certificate|CERT_/, "no reason given", UNTRUSTED],
   [/InvalidContentType|WRONG_VERSION_NUMBER|corrupt message/, "the server does not speak TLS", NOT_TLS],
   [/invalid HTTP version|HPE_INVALID/, "the answer is not HTTP; the server may speak https", NOT_HTTP],
+  [/port \d+ are blocked/, "fetch does not connect to this port", { isTransient: false }],
   [/refused/i, "connection refused"],
   [/unreachable|no route/i, "network unreachable"],
   [/timed? ?out/i, "connection timed out"],

@@ -1824,6 +1824,11 @@ Deno.test({
   },
 });
 
+Deno.test("a port that fetch does not connect to is named, and not retried", async () => {
+  const error = await assertFails(pull("127.0.0.1:1/ns/wheels", { delay: () => assert.fail("retried") }), "network");
+  assert.match(error.message, /port/);
+});
+
 // ---------------------------------------------------------------------------------------------------------------------
 // 4 Registry
 // ---------------------------------------------------------------------------------------------------------------------
