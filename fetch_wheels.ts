@@ -569,10 +569,13 @@ function checkWholeNumber(
   throw usageError(`--${name} must be ${isNegative ? "0 or more" : `a whole number from ${minimum} to ${maximum}`}`);
 }
 
+function isGranted(descriptor: Deno.PermissionDescriptor): boolean {
+  return Deno.permissions.querySync(descriptor).state === "granted";
+}
+
 /** A variable that Deno may not read counts as not set. */
 function readEnvironment(name: string): string | undefined {
-  const isReadable = Deno.permissions.querySync({ name: "env", variable: name }).state === "granted";
-  return isReadable ? Deno.env.get(name) : undefined;
+  return isGranted({ name: "env", variable: name }) ? Deno.env.get(name) : undefined;
 }
 
 function parseMirror(text: string): URL {
@@ -1030,7 +1033,7 @@ class CredentialFinder {
     };
     if (!/^[\w.-]+$/.test(name)) return warn("its name is invalid");
     if (isMissing(program, env("PATH"))) return warn("it is not installed");
-    if (Deno.permissions.querySync({ name: "run", command: program }).state !== "granted") {
+    if (!isGranted({ name: "run", command: program })) {
       return warn(`deno needs --allow-run=${program}`);
     }
     try {
@@ -5410,10 +5413,6 @@ function checkPermissions(source: string | undefined, options: CommandOptions, a
   );
   const hint = `deno run ${PERMISSIONS} ${command.join(" ")}`;
   throw usageError(`Deno does not allow what is needed: ${[...missing].join(", ")}`, { hint });
-}
-
-function isGranted(descriptor: Deno.PermissionDescriptor): boolean {
-  return Deno.permissions.querySync(descriptor).state === "granted";
 }
 
 /** Reads a line from a terminal without showing it. */

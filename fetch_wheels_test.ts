@@ -90,6 +90,8 @@ import { lookup } from "node:dns/promises";
 import { dirname, join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { constants, crc32, deflateRawSync, zstdCompressSync } from "node:zlib";
+import { Random } from "./testing/fuzz.ts";
+import { Scratch } from "./testing/scratch.ts";
 import denoJson from "./deno.json" with { type: "json" };
 import cosign from "./testing/signatures.json" with { type: "json" };
 
@@ -148,9 +150,6 @@ async function assertFails(attempt: unknown, kind: string, message = /./): Promi
   assert.fail(`expected ${kind}, but it did not fail: ${attempt}`);
 }
 
-/** The same as `assertFails`. */
-const failure = assertFails;
-
 /** A hook that demands the token `t`, and passes requests to the token service, `/token`, to `answer`. */
 function tokenGate(answer: (request: Request) => unknown): RegistryOptions["onRequest"] {
   return (request, { path }) => {
@@ -182,24 +181,6 @@ async function closedHost(): Promise<string> {
 
 const PROGRAM = fileURLToPath(new URL("fetch_wheels.ts", import.meta.url));
 const isRoot = new TextDecoder().decode(new Deno.Command("id", { args: ["-u"] }).outputSync().stdout).trim() === "0";
-
-/** A temporary directory; `using` removes it. */
-class Scratch implements Disposable {
-  readonly path: string = Deno.realPathSync(Deno.makeTempDirSync({ prefix: "fetch_wheels_test-" }));
-
-  /** Returns a path in the directory; with contents, creates the file. */
-  at(name: string, contents?: string | Uint8Array): string {
-    const path = join(this.path, name);
-    if (contents === undefined) return path;
-    Deno.mkdirSync(dirname(path), { recursive: true });
-    Deno.writeFileSync(path, toBytes(contents));
-    return path;
-  }
-
-  [Symbol.dispose](): void {
-    Deno.removeSync(this.path, { recursive: true });
-  }
-}
 
 /** Describes each path below a directory: its type, its mode, and the digest of its contents or its target. */
 function snapshot(dir: string, prefix = ""): Record<string, string> {
@@ -610,7 +591,7 @@ Deno.test("a user name without a password, or the reverse, is a usage error befo
   const halves = [{ username: "u" }, { password: "p" }, { username: "", password: "p" }];
   for (const options of [...halves, { username: "with:colon", password: "p" }]) {
     const fetch = () => assert.fail("a request was sent");
-    await failure(() => pull("localhost:5000/x", { ...options, fetch }), "usage");
+    await assertFails(() => pull("localhost:5000/x", { ...options, fetch }), "usage");
   }
 });
 
@@ -3100,26 +3081,6 @@ Deno.test("a docker save archive is verified by the digests of its configuration
   }
 });
 
-/** Pseudo-random numbers, which are the same for the same seed (mulberry32). */
-class RandomNumbers {
-  #state: number;
-
-  constructor(seed: number) {
-    this.#state = seed | 0;
-  }
-
-  below(limit: number): number {
-    this.#state = (this.#state + 0x6d2b79f5) | 0;
-    let mixed = Math.imul(this.#state ^ (this.#state >>> 15), this.#state | 1);
-    mixed ^= mixed + Math.imul(mixed ^ (mixed >>> 7), mixed | 61);
-    return Math.floor(((mixed ^ (mixed >>> 14)) >>> 0) / 2 ** 32 * limit);
-  }
-
-  pick<T>(choices: readonly T[]): T {
-    return choices[this.below(choices.length)] as T;
-  }
-}
-
 /** Where faults occur: the places that answer with the manifest, a token, the blob or a redirect to it. */
 type Place = "manifests" | "token" | "blobs" | "storage";
 
@@ -3144,7 +3105,7 @@ interface Plan {
   ending: string;
 }
 
-function drawPlan(random: RandomNumbers, isLarge: boolean): Plan {
+function drawPlan(random: Random, isLarge: boolean): Plan {
   const isSchema1 = !isLarge && random.below(5) === 0;
   const auth = random.pick(["none", "bearer"] as const);
   const storage = random.pick([false, false, { signed: false }, { signed: true }, { signed: true, uses: 2 }] as const);
@@ -3321,7 +3282,7 @@ Deno.test({
     const layers = [tar, gzip(tar)].map((bytes) => ({ bytes, digest: sha256(bytes) }));
     const failures: string[] = [];
     const runs = Array.from({ length: Number(Deno.env.get("FETCH_WHEELS_RUNS") ?? 300) }, (_, at) => async () => {
-      const plan = drawPlan(new RandomNumbers(seed + at), at % 15 === 0);
+      const plan = drawPlan(new Random(seed + at), at % 15 === 0);
       const layer = plan.isLarge ? largeLayer() : layers[at % 2] ?? assert.fail();
       const ending = await runPlan(plan, layer).catch((error) => `wrong: ${error.stack}`);
       if (!plan.ending.split("|").includes(ending.split(":")[0] ?? "")) {
@@ -5233,7 +5194,7 @@ Deno.test(`layers are applied base first, with whiteouts${hasUmoci ? ", as umoci
     const workerUrl = new URL("fetch_wheels.ts", import.meta.url).href;
     assert.deepEqual((await extractAll(registry, { workerUrl })).tree, treeOf("big=small w/b w/c=w/b"));
     await using hostile = serveImage({}, makeImage({ layers: [...layers, layerOf("../evil")] }));
-    await failure(() => extractAll(hostile, { workerUrl }), "unsafe", /\.\.\/evil/);
+    await assertFails(() => extractAll(hostile, { workerUrl }), "unsafe", /\.\.\/evil/);
   });
 });
 
@@ -5268,7 +5229,7 @@ Deno.test("a hard link to a member that is not there says why", async (t) => {
   for (const [layers, options, message, hint] of table) {
     await t.step(layers.join(", "), async () => {
       await using registry = serveLayers(layers);
-      assert.match((await failure(() => extractAll(registry, options), "integrity", message)).hint ?? "", hint);
+      assert.match((await assertFails(() => extractAll(registry, options), "integrity", message)).hint ?? "", hint);
     });
   }
 });

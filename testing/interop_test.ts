@@ -7,7 +7,7 @@
 
 import assert from "node:assert/strict";
 import { randomBytes } from "node:crypto";
-import { dirname, join } from "node:path";
+import { join } from "node:path";
 import { fetchWheels, type FetchWheelsOptions } from "../fetch_wheels.ts";
 import { makeSignedCertificate } from "./certificates.ts";
 import {
@@ -23,24 +23,7 @@ import {
   toBytes,
 } from "./images.ts";
 import { isInPath, type RunningServer, startDockerRegistry, startServer } from "./proxies.ts";
-
-/** A temporary directory; `using` removes it. */
-class Scratch implements Disposable {
-  readonly path: string = Deno.realPathSync(Deno.makeTempDirSync({ prefix: "fetch_wheels_test-" }));
-
-  /** Returns a path in the directory; with contents, creates the file. */
-  at(name: string, contents?: string | Uint8Array): string {
-    const path = join(this.path, name);
-    if (contents === undefined) return path;
-    Deno.mkdirSync(dirname(path), { recursive: true });
-    Deno.writeFileSync(path, toBytes(contents));
-    return path;
-  }
-
-  [Symbol.dispose](): void {
-    Deno.removeSync(this.path, { recursive: true });
-  }
-}
+import { Scratch } from "./scratch.ts";
 
 /** Describes each path below a directory: its type, its mode, and the digest of its contents or its target. */
 function snapshot(dir: string, prefix = ""): Record<string, string> {
