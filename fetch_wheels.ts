@@ -79,10 +79,14 @@ const DEFAULT_TOKEN_SECONDS = 60; // of a token whose answer does not say, by th
 const MAX_LINKS = 40; // as Linux: a path through more symbolic links is a loop
 
 const READ_BYTES = 512 * 1024; // larger buffers cost page faults, smaller ones cost calls
-const RANGE_BYTES = 4 * 1024 * 1024; // memory is bounded by this times the connections
+const RANGE_BYTES = 3 * 1024 * 1024; // memory is bounded by this times the ranges, which are MAX_WAITING for a connection
+const MAX_WAITING = 2;
 const PARALLEL_BYTES = 16 * 1024 * 1024; // below this, a second connection costs more than it brings
 const PREFETCH_BYTES = 16 * 1024 * 1024; // of the next layer, while the previous one is extracted
-const SAMPLE_MS = 150; // over which the rate of a download is measured
+const SAMPLE_MS = 100; // over which the rate of a download is measured
+const JUDGED_SAMPLES = 3; // after which more connections may be given up
+const PAUSE_MS = 5000; // after which they are tried again
+const MAX_SAMPLES = 10; // of one measurement
 const MAX_SETTLING_SAMPLES = 8; // that more connections have to deliver their first bytes
 const FAST_BYTES_PER_SECOND = 250e6; // such a connection keeps verification and extraction busy
 const WORTHWHILE_GAIN = 1.25; // more connections must raise the total rate by this factor, or they are given up
@@ -95,7 +99,7 @@ const MAX_MTIME_SECONDS = 2 ** 34; // limit of a file's time; the kernel lowers 
 
 const WORKER_BYTES = 24 * 1024 * 1024; // below this, a second thread takes longer to start than it saves
 const WORKER_NAME = "fetch_wheels extraction";
-const MAX_PENDING_CHUNKS = 8; // that the worker has not taken yet; bounds the memory between the threads
+const MAX_PENDING_BYTES = 4 * 1024 * 1024; // that the worker has not taken yet; bounds the memory between the threads
 const DENSE_FACTOR = 2; // of what inflates to more, decoding is the larger part of the work
 
 const LOCK_NAME = "lock";
@@ -2301,6 +2305,8 @@ interface Span {
   at: number;
   to: number;
   hasBytes: boolean;
+  /** Whether all of it has arrived; its connection is free then. */
+  hasEnded: boolean;
 }
 
 /**
@@ -2335,7 +2341,7 @@ class BlobDownload {
 
   async *bytes(from: number): AsyncGenerator<Uint8Array> {
     const { now } = this.http;
-    const whole = { at: from, to: this.#size, hasBytes: false };
+    const whole = { at: from, to: this.#size, hasBytes: false, hasEnded: false };
     this.#spans.push({ span: whole, chunks: this.#read(whole) });
     try {
       for (let first = this.#spans[0]; first !== undefined; first = this.#spans[0]) {
@@ -2356,7 +2362,7 @@ class BlobDownload {
   /** Starts what the pace allows: cuts the single stream short, and opens ranges behind it. */
   #schedule(first: Span): void {
     const bytesLeft = this.#size - first.at;
-    const running = this.#spans.filter(({ span }) => span.hasBytes).length;
+    const running = this.#spans.filter(({ span }) => span.hasBytes && !span.hasEnded).length;
     const limit = this.#hasRanges && this.#size < Infinity ? this.#maxConnections : 1;
     const wanted = Math.min(this.#pace.connections(running, bytesLeft), limit);
     const isSingle = this.#spans.length === 1 && first.to === this.#size;
@@ -2364,9 +2370,10 @@ class BlobDownload {
       first.to = Math.min(first.at + Math.max(RANGE_BYTES, this.#pace.sampleBytes), this.#size);
       this.#next = first.to;
     }
-    while (this.#next < this.#size && this.#spans.length < wanted) {
+    const isFree = () => this.#spans.filter(({ span }) => !span.hasEnded).length < wanted;
+    while (this.#next < this.#size && isFree() && this.#spans.length < MAX_WAITING * wanted) {
       const to = wanted === 1 ? this.#size : Math.min(this.#next + RANGE_BYTES, this.#size);
-      const span = { at: this.#next, to, hasBytes: false };
+      const span = { at: this.#next, to, hasBytes: false, hasEnded: false };
       this.#next = to;
       this.#spans.push({ span, chunks: prefetch(this.#read(span), RANGE_BYTES) });
     }
@@ -2376,6 +2383,13 @@ class BlobDownload {
   async *#read(span: Span): AsyncGenerator<Uint8Array> {
     const retries = this.options.isMirror ? 0 : undefined;
     const budget = this.http.newBudget({ retries, total: this.#total, signal: this.#signal });
+    using _ = {
+      [Symbol.dispose]: () => {
+        span.hasEnded = true;
+        const first = this.#spans[0]?.span;
+        if (first !== undefined && !this.#signal.aborted) this.#schedule(first);
+      },
+    };
     while (span.at < span.to) {
       try {
         const { response, start } = await this.#open(span, budget);
@@ -2418,7 +2432,7 @@ class BlobDownload {
     if (isPart) headers.range = `bytes=${at}-${to === Infinity ? "" : to - 1}`;
     if (isPart && this.#validator !== undefined) headers["if-range"] = this.#validator;
     const response = await this.#request(headers, budget);
-    const isRange = isPart && response.status === 206 && this.#isRequestedRange(response, span);
+    const isRange = isPart && response.status === 206 && this.#isRequestedRange(response, { at, to });
     const tag = response.headers.get("etag");
     if (isResumed && response.isOk && tag !== this.#validator && !(isRange && tag === null)) {
       response.cancel();
@@ -2443,7 +2457,7 @@ class BlobDownload {
   }
 
   /** RFC 9110, section 14.4: start, end and total must be those that were requested; a shorter end is allowed. */
-  #isRequestedRange({ headers }: HttpResponse, { at, to }: Span): boolean {
+  #isRequestedRange({ headers }: HttpResponse, { at, to }: Pick<Span, "at" | "to">): boolean {
     const [, first, last, total] = /^bytes (\d+)-(\d+)\/(\d+|\*)$/.exec(headers.get("content-range") ?? "") ?? [];
     const isTotal = total === "*" || this.#size === Infinity || Number(total) === this.#size;
     return Number(first) === at && Number(last) >= at && Number(last) < to && isTotal;
@@ -2488,50 +2502,62 @@ class BlobDownload {
  * bring. More are opened while the network is what the download waits for, and given up if the total rate does not rise.
  */
 class ConnectionPace {
-  /** Bytes received in this sample, and in the one before. */
+  /** Bytes received, and milliseconds spent waiting for the consumer, since the start of the measurement. */
   bytes = 0;
-  sampleBytes = 0;
-  /** Time in this sample that the download has waited for its consumer. */
   consumerMs = 0;
+  /** Bytes that arrive within SAMPLE_MS. */
+  sampleBytes = 0;
   #started: number | undefined;
+  #samples = 0;
   #connections = 1;
-  #limit: number;
   /** Before the last growth, until that has been judged. */
   #before: { rate: number; connections: number } | undefined;
-  #settlingSamples = 0;
+  #isSettling = false;
+  #pausedUntil = 0;
 
-  constructor(limit: number, readonly now: () => number) {
-    this.#limit = limit;
-  }
+  constructor(readonly limit: number, readonly now: () => number) {}
 
   /** Returns the number of connections for the bytes that are left; `running` spans have delivered some. */
   connections(running: number, bytesLeft: number): number {
-    const isFirst = this.#started === undefined; // the time to connect says nothing about the rate
-    const elapsed = this.now() - (this.#started ?? 0);
-    if (!isFirst && elapsed < SAMPLE_MS) return this.#connections;
+    const now = this.now();
+    const elapsed = now - (this.#started ?? now);
+    if (this.#started === undefined) this.#measure(1); // the time to connect says nothing about the rate
+    if (elapsed < SAMPLE_MS * (this.#samples + 1)) return this.#connections;
+    this.#samples++;
     const rate = this.bytes / elapsed * 1000;
     const isNetworkBound = this.consumerMs < elapsed / 2;
-    this.sampleBytes = this.bytes;
-    this.#started = this.now();
-    this.bytes = 0;
-    this.consumerMs = 0;
-    if (isFirst) return this.#connections;
-    if (this.#settlingSamples > 0) {
-      this.#settlingSamples = running < this.#connections ? this.#settlingSamples - 1 : 0;
-    } else if (this.#before !== undefined && rate < this.#before.rate * WORTHWHILE_GAIN) {
-      this.#connections = this.#before.connections;
-      this.#limit = this.#connections;
-      this.#before = undefined;
-    } else {
-      this.#before = undefined;
+    this.sampleBytes = Math.round(rate * SAMPLE_MS / 1000);
+    if (this.#isSettling) {
+      if (running >= this.#connections || this.#samples >= MAX_SETTLING_SAMPLES) this.#measure(this.#connections);
+    } else if (this.#before !== undefined) {
+      const { rate: before, connections } = this.#before;
+      if (rate >= before * WORTHWHILE_GAIN) {
+        this.#before = undefined;
+      } else if (isNetworkBound && this.#samples >= JUDGED_SAMPLES) {
+        this.#before = undefined;
+        this.#pausedUntil = now + PAUSE_MS;
+        this.#measure(connections);
+      }
+    } else if (isNetworkBound && rate < FAST_BYTES_PER_SECOND && this.#connections < this.limit) {
       const isLong = bytesLeft > Math.max(PARALLEL_BYTES, 2 * this.sampleBytes);
-      if (isNetworkBound && isLong && rate < FAST_BYTES_PER_SECOND && this.#connections < this.#limit) {
+      if (isLong && now >= this.#pausedUntil) {
         this.#before = { rate, connections: this.#connections };
-        this.#connections = Math.min(this.#limit, this.#connections * 4);
-        this.#settlingSamples = MAX_SETTLING_SAMPLES;
+        this.#measure(Math.min(this.limit, this.#connections * 4));
+        this.#isSettling = true;
       }
     }
+    if (this.#samples >= MAX_SAMPLES) this.#measure(this.#connections); // the link may have changed
     return this.#connections;
+  }
+
+  /** Starts a measurement with a number of connections. */
+  #measure(connections: number): void {
+    this.#connections = connections;
+    this.#isSettling = false;
+    this.#started = this.now();
+    this.#samples = 0;
+    this.bytes = 0;
+    this.consumerMs = 0;
   }
 }
 
@@ -4333,13 +4359,21 @@ class WorkerTreeBuilder {
     const reader = new ByteReader(bytes, () => integrityError("unused"));
     const isDense = await inflationOf(await reader.peek(DEFLATED_BYTES)) > DENSE_FACTOR;
     const content = isDense ? decompress(reader.rest(), plan.name) : reader.rest();
-    const pending = [this.#call({ root: this.#root, plan: { ...plan, isDecompressed: isDense } })];
+    this.#call({ root: this.#root, plan: { ...plan, isDecompressed: isDense } });
+    const pending: { size: number; answer: Promise<unknown> }[] = [];
+    let pendingBytes = 0;
     for await (const chunk of interruptible(content, this.#failed.signal)) {
       // The buffer of a small part of it is not worth sending, and one that is shared cannot be handed over.
       const isOwn = chunk.buffer instanceof ArrayBuffer && chunk.byteLength > chunk.buffer.byteLength / 2;
       const own = (isOwn ? chunk : chunk.slice()) as Uint8Array<ArrayBuffer>;
-      pending.push(this.#call({ chunk: own }, [own.buffer]));
-      if (pending.length >= MAX_PENDING_CHUNKS) await pending.shift();
+      const size = own.length;
+      pending.push({ size, answer: this.#call({ chunk: own }, [own.buffer]) });
+      pendingBytes += size;
+      while (pendingBytes > MAX_PENDING_BYTES) {
+        const oldest = pending.shift();
+        await oldest?.answer;
+        pendingBytes -= oldest?.size ?? pendingBytes;
+      }
     }
     await this.#call("end of archive");
   }

@@ -2181,7 +2181,7 @@ function assertContiguous(ranges: (string | undefined)[], size: number): void {
 }
 
 /** As in the program. */
-const RANGE = 4 << 20;
+const RANGE = 3 << 20;
 
 Deno.test("a download uses as many connections as the link makes worthwhile", async (t) => {
   const { bytes } = largeLayer();

@@ -53,8 +53,19 @@ interface Contestant {
 }
 
 const DENO_RUN = `"$DENO" run --allow-net --allow-read --allow-write --allow-env`;
-const FETCH = `-q -d "$OUT" "$HOST_PORT/$REPOSITORY:1"`;
+const FETCH = `--protocol http -q -d "$OUT" "$HOST_PORT/$REPOSITORY:1"`; // the peers know it, too
+
 const OWN = "fetch_wheels";
+
+/** Creates files as deep as fetch_wheels does in its staging directory. */
+const CREATOR = `
+const [directory, count] = Deno.args;
+for (let at = 0; at < Number(count); at++) {
+  const parent = \`\${directory}/.staging/new/package\${Math.floor(at / 100)}\`;
+  if (at % 100 === 0) Deno.mkdirSync(parent, { recursive: true });
+  Deno.openSync(\`\${parent}/file\${at}.py\`, { write: true, createNew: true }).close();
+}
+`;
 
 const CONTESTANTS: Record<string, Contestant> = {
   [OWN]: { title: "fetch_wheels", needs: [], script: `${DENO_RUN} "$MODULE" ${FETCH}` },
@@ -100,6 +111,16 @@ const CONTESTANTS: Record<string, Contestant> = {
   },
   version: { title: "fetch_wheels --version", needs: [], script: `${DENO_RUN} "$MODULE" --version` },
   empty: { title: "deno run of an empty module", needs: [], script: `"$DENO" run "$EMPTY"` },
+  commander: {
+    title: "deno run of a module that only imports commander",
+    needs: [],
+    script: `"$DENO" run "$COMMANDER"`,
+  },
+  creator: {
+    title: "Deno creating 20,000 empty files",
+    needs: [],
+    script: `${DENO_RUN} "$CREATOR" "$OUT" ${SMALL_FILES.amount}`,
+  },
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -156,6 +177,14 @@ function millisecondsAtMost(bound: number): Target {
   };
 }
 
+/** Shows what another scenario cannot go below. */
+const COMPARISON: Target = {
+  text: "none",
+  measure: (own) => own.seconds * 1000,
+  format: (value) => `${value.toFixed(0)} ms`,
+  isMet: () => true,
+};
+
 const MEMORY_TARGET: Target = {
   text: "never above 180 MiB",
   measure: (own) => own.peakMiB,
@@ -189,6 +218,8 @@ function scenarios(large: boolean): Scenario[] {
     { name: "text-zstd", title: "180 MiB of text, zstd -3", layer: zstd(TEXT), ...ofZstd, target: speedAtLeast(0.6) },
     { name: "small-files", title: "20,000 small files, gzip -6", layer: gzip(SMALL_FILES), ...ofGzip,
       target: speedAtLeast(0.7, 1) },
+    { name: "creation", title: "What opening the files takes Deno, with the same permissions", contestants: ["creator"],
+      peers: [], target: COMPARISON },
     { name: "limited", title: "400 MiB of wheels, each connection limited to 40 MB/s", layer: gzip(wheels(400)),
       link: { delayMs: 0, bytesPerSecond: 40e6 }, contestants: [OWN, "unverified"], peers: ["unverified"],
       target: speedAtLeast(3.5) },
@@ -197,7 +228,7 @@ function scenarios(large: boolean): Scenario[] {
       target: speedAtLeast(1) },
     { name: "tiny", title: "Layer of 100 kB", layer: gzip(TINY), contestants: [OWN, ...VERIFYING], peers: VERIFYING,
       target: millisecondsAtMost(150), repeats: 5 },
-    { name: "version", title: "--version", contestants: ["version", "empty"], peers: [],
+    { name: "version", title: "--version", contestants: ["version", "commander", "empty"], peers: [],
       target: millisecondsAtMost(70), repeats: 5 },
     { name: "cached", title: "Cache hit, 400 MiB of wheels, gzip -6", layer: gzip(wheels(400)),
       contestants: ["cached", "local"], peers: ["local"], target: timeAtMost(1.1) },
@@ -329,6 +360,8 @@ async function openBench(stack: AsyncDisposableStack, options: Options): Promise
   const scratch = await makeTempDir(cache);
   const workspace = await openWorkspace(options, scratch, makeTempDir);
   await Deno.writeTextFile(`${scratch}/empty.ts`, "");
+  await Deno.writeTextFile(`${scratch}/commander.ts`, 'import "npm:commander@^15.1.0";\n');
+  await Deno.writeTextFile(`${scratch}/creator.ts`, CREATOR);
   const { denoDir } = JSON.parse(await output(Deno.execPath(), ["info", "--json"]));
   await output(Deno.execPath(), ["cache", "-q", options.module]);
   const missing = await installPrograms(options, `${cache}/bin`);
@@ -539,6 +572,8 @@ function variables({ bench, layer, hostPort }: Place): Record<string, string> {
     DENO: Deno.execPath(),
     MODULE: bench.options.module,
     EMPTY: `${bench.scratch}/empty.ts`,
+    COMMANDER: `${bench.scratch}/commander.ts`,
+    CREATOR: `${bench.scratch}/creator.ts`,
     OUT: `${bench.workspace.inside}/turn/out`,
     SCRATCH: `${bench.workspace.inside}/turn`,
     CACHE: `${bench.workspace.inside}/cache`,
