@@ -92,7 +92,10 @@ const FAST_BYTES_PER_SECOND = 250e6; // such a connection keeps verification and
 const WORTHWHILE_GAIN = 1.25; // more connections must raise the total rate by this factor, or they are given up
 
 const INFLATED_BYTES = 256 * 1024; // the decoder's output buffers, and reads from a disk
-const DEFLATED_BYTES = 128 * 1024; // a gzip decoder's input, which inflates to a thousand times as much at most
+const DEFLATED_BYTES = 128 * 1024; // the decoder's input, all of which it decodes at once
+const DENSE_BYTES = 16 * 1024; // the same of data that inflates to many times its size: a thousand times is possible
+const DENSE_FACTOR = 16;
+const SAMPLE_BYTES = 128 * 1024; // at the beginning of a layer, which show how much it inflates
 const TAR_BLOCK_BYTES = 512;
 const MAX_EXTENSION_BYTES = 1024 * 1024; // of an extension header, with names and attributes; as in Go
 const MAX_MTIME_SECONDS = 2 ** 34; // limit of a file's time; the kernel lowers it to what the file system can hold
@@ -100,7 +103,7 @@ const MAX_MTIME_SECONDS = 2 ** 34; // limit of a file's time; the kernel lowers 
 const WORKER_BYTES = 24 * 1024 * 1024; // below this, a second thread takes longer to start than it saves
 const WORKER_NAME = "fetch_wheels extraction";
 const MAX_PENDING_BYTES = 4 * 1024 * 1024; // that the worker has not taken yet; bounds the memory between the threads
-const DENSE_FACTOR = 2; // of what inflates to more, decoding is the larger part of the work
+const TEXT_FACTOR = 2; // of what inflates to more, decoding is the larger part of the work
 
 const LOCK_NAME = "lock";
 const JOURNAL_NAME = "journal";
@@ -3580,9 +3583,9 @@ class ByteReader {
     } else for await (const _ of this.pieces(left));
   }
 
-  /** Yields the rest, in pieces of at most `limit` bytes. */
-  async *rest(limit = Infinity): AsyncGenerator<Uint8Array> {
-    for (let piece = await this.some(limit); piece !== undefined; piece = await this.some(limit)) yield piece;
+  /** Yields the rest. */
+  async *rest(): AsyncGenerator<Uint8Array> {
+    for (let piece = await this.some(Infinity); piece !== undefined; piece = await this.some(Infinity)) yield piece;
   }
 
   /** Reads to the end, so that whatever checks the source sees all of it. */
@@ -3637,8 +3640,7 @@ async function* decompress(bytes: AsyncIterable<Uint8Array>, name: string): Asyn
     const head = await reader.peek(TAR_BLOCK_BYTES);
     const format = isTarHeader(head) ? undefined : formatOf(head);
     if (format === "gzip data") {
-      // Small pieces, because a piece can inflate to a thousand times its size, all at once.
-      yield* inflate(new Gunzip({ ...INFLATE_OPTIONS }), reader.rest(DEFLATED_BYTES), fail);
+      yield* inflate(new Gunzip({ ...INFLATE_OPTIONS }), reader.rest(), fail);
     } else if (format === "zstd data" || (firstNumber(head) & 0xfffffff0) === ZSTD_SKIPPABLE) {
       yield* inflate(new ZstdDecompress({ ...INFLATE_OPTIONS }), zstdPieces(reader, fail), fail);
     } else if (format === undefined) yield* reader.rest();
@@ -3687,9 +3689,16 @@ async function* inflate(
     }
   }
   try {
+    let size = DENSE_BYTES;
     for await (const piece of pieces) {
-      run(() => decoder.write(piece as Buffer));
-      yield* drained();
+      for (let at = 0; at < piece.length;) {
+        const part = piece.subarray(at, at + size);
+        run(() => decoder.write(part as Buffer));
+        const inflated = ready.reduce((sum, { length }) => sum + length, 0);
+        size = inflated > DENSE_FACTOR * part.length ? DENSE_BYTES : DEFLATED_BYTES;
+        at += part.length;
+        yield* drained();
+      }
     }
     run(() => decoder.end());
     yield* drained();
@@ -4357,9 +4366,9 @@ class WorkerTreeBuilder {
 
   async extract(plan: ArchivePlan, bytes: AsyncIterable<Uint8Array>): Promise<void> {
     const reader = new ByteReader(bytes, () => integrityError("unused"));
-    const isDense = await inflationOf(await reader.peek(DEFLATED_BYTES)) > DENSE_FACTOR;
-    const content = isDense ? decompress(reader.rest(), plan.name) : reader.rest();
-    this.#call({ root: this.#root, plan: { ...plan, isDecompressed: isDense } });
+    const isText = await inflationOf(await reader.peek(SAMPLE_BYTES)) > TEXT_FACTOR;
+    const content = isText ? decompress(reader.rest(), plan.name) : reader.rest();
+    this.#call({ root: this.#root, plan: { ...plan, isDecompressed: isText } });
     const pending: { size: number; answer: Promise<unknown> }[] = [];
     let pendingBytes = 0;
     for await (const chunk of interruptible(content, this.#failed.signal)) {
