@@ -118,27 +118,15 @@ const LOG_PROGRESS_MS = 30_000; // in a log, a line of progress each time this h
 const HUB = "docker.io";
 const HUB_NAMES = [HUB, "index.docker.io", "registry.hub.docker.com"];
 const HUB_HOST = "registry-1.docker.io";
-/** The Hub's key in Docker's configuration. */
-const HUB_KEY = "https://index.docker.io/v1/";
-/** User name that stands for an identity token in a credential helper's answer. */
-const IDENTITY_USER = "<token>";
+const HUB_KEY = "https://index.docker.io/v1/"; // in Docker's configuration
+const IDENTITY_USER = "<token>"; // stands for an identity token in a credential helper's answer
 
-const INDEX_TYPES = [
-  "application/vnd.oci.image.index.v1+json",
-  "application/vnd.docker.distribution.manifest.list.v2+json",
-];
-const MANIFEST_TYPES = [
-  "application/vnd.oci.image.manifest.v1+json",
-  "application/vnd.docker.distribution.manifest.v2+json",
-];
-const SCHEMA1_TYPES = [
-  "application/vnd.docker.distribution.manifest.v1+prettyjws",
-  "application/vnd.docker.distribution.manifest.v1+json",
-];
-const CONFIG_TYPES = [
-  "application/vnd.oci.image.config.v1+json",
-  "application/vnd.docker.container.image.v1+json",
-];
+const OCI = "application/vnd.oci.image";
+const DOCKER = "application/vnd.docker";
+const INDEX_TYPES = [`${OCI}.index.v1+json`, `${DOCKER}.distribution.manifest.list.v2+json`];
+const MANIFEST_TYPES = [`${OCI}.manifest.v1+json`, `${DOCKER}.distribution.manifest.v2+json`];
+const SCHEMA1_TYPES = [`${DOCKER}.distribution.manifest.v1+prettyjws`, `${DOCKER}.distribution.manifest.v1+json`];
+const CONFIG_TYPES = [`${OCI}.config.v1+json`, `${DOCKER}.container.image.v1+json`];
 const TITLE = "org.opencontainers.image.title";
 
 // deno-fmt-ignore
@@ -268,23 +256,19 @@ type Report = (event: ProgressEvent) => void;
 
 /** Options of `fetchWheels`; the command line's under the names of the field. */
 export interface FetchWheelsOptions {
-  /** Directory that receives the files.
-   * @default {"/tmp/wheels"} */
+  /** Directory that receives the files. @default {"/tmp/wheels"} */
   dest?: string;
   /** Write the tarball as it is to this file or stream instead of extracting it. */
   output?: string | WritableStream<Uint8Array>;
-  /** Layers to extract, base first: a position (1 is the base), `last`, a digest, or `all`.
-   * @default {["last"]} */
+  /** Layers to extract, base first: a position (1 is the base), `last`, a digest, or `all`. @default {["last"]} */
   layers?: string[];
   /** Globs of members to extract, matched against paths and names. Without any, all are extracted. */
   include?: string[];
   /** Globs of members to skip, besides hidden ones; a directory stands for everything below it. */
   exclude?: string[];
-  /** How many leading components of each path to drop.
-   * @default {0} */
+  /** How many leading components of each path to drop. @default {0} */
   stripComponents?: number;
-  /** Replace DEST instead of adding to it.
-   * @default {false} */
+  /** Replace DEST instead of adding to it. @default {false} */
   clean?: boolean;
   /** Project whose `NAME===…` is dropped from `upper-constraints.txt`. */
   unpin?: string;
@@ -292,14 +276,11 @@ export interface FetchWheelsOptions {
   list?: boolean;
   /** Only resolve the source; download no layer. */
   dryRun?: boolean;
-  /** `OS/ARCH[/VARIANT]` to choose from an index.
-   * @default {`linux/` and the host's architecture} */
+  /** `OS/ARCH[/VARIANT]` to choose from an index. @default {`linux/` and the host's architecture} */
   platform?: string;
-  /** Protocol of the registry; `detect` tries https first, and plain http for local names only.
-   * @default {"detect"} */
+  /** Protocol of the registry; `detect` tries https first, and plain http for local names only. @default {"detect"} */
   protocol?: "http" | "https" | "detect";
-  /** Accept any certificate.
-   * @default {false} */
+  /** Accept any certificate. @default {false} */
   insecure?: boolean;
   /** File of PEM certificates to trust besides the usual ones. */
   caFile?: string;
@@ -309,19 +290,15 @@ export interface FetchWheelsOptions {
   password?: string;
   /** Docker configuration as JSON text, which is asked before `authFiles`. */
   authConfig?: string;
-  /** Docker's `config.json` and podman's `auth.json`, in order; read only if the registry asks for credentials.
-   * @default {[]} */
+  /** Docker's `config.json` and podman's `auth.json`, in order; read only if the registry challenges. @default {[]} */
   authFiles?: string[];
   /** PEM files of public keys, one of which must have signed the image. */
   verifyKeys?: string[];
-  /** How often a request is retried after a transient failure.
-   * @default {5} */
+  /** How often a request is retried after a transient failure. @default {5} */
   retries?: number;
-  /** Seconds without a byte after which a connection is given up.
-   * @default {30} */
+  /** Seconds without a byte after which a connection is given up. @default {30} */
   timeout?: number;
-  /** How many connections may download at once, 1 to 16.
-   * @default {4} */
+  /** How many connections may download at once, 1 to 16. @default {4} */
   connections?: number;
   /** Base URLs of mirrors, which are asked first and never see the registry's credentials. */
   mirrors?: string[];
@@ -419,7 +396,6 @@ export interface FileInfo {
  *
  * @param source Image reference, `http(s)://` URL of a tarball, a path that begins with `/`, `./` or `../`, or
  * `oci:DIR[:TAG]`, `oci-archive:FILE[:TAG]`, `docker-archive:FILE`
- * @param options Options, all of which have defaults
  * @returns What was fetched, and the files that are there now
  * @throws {FetchWheelsError} of each kind but `internal`; `dest` is then unchanged
  */
@@ -448,13 +424,7 @@ function mayRefetch(error: unknown, { mirrors, cache, output, signal }: Settings
 }
 
 /** What one attempt needs; `isTrusting` says whether mirrors and the cache may be asked. */
-interface Attempt {
-  source: string;
-  settings: Settings;
-  client: HttpClient;
-  target: Target;
-  isTrusting: boolean;
-}
+type Attempt = SourceOptions & { source: string; target: Target };
 
 async function fetchOnce(parsed: Source, attempt: Attempt): Promise<FetchResult> {
   const { source, settings, target } = attempt;
@@ -474,6 +444,7 @@ async function fetchOnce(parsed: Source, attempt: Attempt): Promise<FetchResult>
   warnOfUnusableWheels(files, layers, settings);
 
   const { dryRun, isPreview, dest } = settings;
+  const sizeOnceRead = dryRun || layers.length > 1 ? null : meter.consumed; // for schema 1, which does not say it
   const output = typeof settings.output === "object" ? "-" : settings.output ?? null;
   const manifest = resolved?.isSynthetic ? undefined : resolved?.manifest;
   const { registry = "", repository = "", tag, digest }: Partial<ImageReference> = resolved?.image ?? {};
@@ -485,11 +456,7 @@ async function fetchOnce(parsed: Source, attempt: Attempt): Promise<FetchResult>
     manifest: manifest
       ? { digest: manifest.digest, mediaType: manifest.mediaType, artifactType: manifest.artifactType ?? null }
       : null,
-    // A schema 1 layer has a size only once it has been read.
-    layers: layers.map((layer) => ({
-      ...layer,
-      size: layer.size ?? (dryRun || layers.length > 1 ? null : meter.consumed),
-    })),
+    layers: layers.map((layer) => ({ ...layer, size: layer.size ?? sizeOnceRead })),
     verified,
     dest: isPreview || output !== null ? null : dest,
     output: isPreview ? null : output,
@@ -501,54 +468,33 @@ async function fetchOnce(parsed: Source, attempt: Attempt): Promise<FetchResult>
 }
 
 /** The options, validated, with every default in its place. */
-interface Settings
-  extends
-    Required<Pick<FetchWheelsOptions, "dest" | "layers" | "clean" | "list" | "dryRun" | "protocol" | "insecure">>,
-    Required<Pick<FetchWheelsOptions, "authFiles" | "retries" | "connections" | "signal" | "now" | "env">>,
-    Pick<FetchWheelsOptions, "output" | "unpin" | "authConfig" | "cache" | "workerUrl" | "fetch"> {
-  filter: FilterOptions;
-  /** Whether nothing is written: `list` or `dryRun`. */
-  isPreview: boolean;
-  platform: Platform;
-  /** PEM certificates of `caFile`. */
-  certificates: string[];
-  credentials?: UserCredentials;
-  verifyKeys: VerifyKey[];
-  timeoutMs: number;
-  mirrors: URL[];
-  delay: (milliseconds: number, signal: AbortSignal) => Promise<unknown>;
-  report: Report;
-}
+type Settings = ReturnType<typeof resolveOptions>;
 
-function resolveOptions(options: FetchWheelsOptions): Settings {
-  const { layers = ["last"], include = [], exclude = [], stripComponents = 0, list = false, dryRun = false } = options;
+function resolveOptions(options: FetchWheelsOptions) {
+  const { layers = ["last"], include = [], exclude = [], stripComponents = 0 } = options;
   const { retries = DEFAULT_RETRIES, timeout = DEFAULT_TIMEOUT, connections = DEFAULT_CONNECTIONS } = options;
   for (const layer of layers) {
     if (/^(?:last|all|[1-9]\d{0,5})$/.test(layer) || DIGEST.test(layer)) continue;
     const expected = 'expected a layer number (1 is the base), "last", "all" or a digest';
     throw usageError(`Cannot use layer ${quote(layer)}: ${expected}`);
   }
-  checkWholeNumber("strip-components", stripComponents, { minimum: 0, maximum: 1000 });
-  checkWholeNumber("retries", retries, { minimum: 0, maximum: MAX_RETRIES });
-  checkWholeNumber("connections", connections, { minimum: 1, maximum: MAX_CONNECTIONS });
+  checkWholeNumber("strip-components", stripComponents, [0, 1000]);
+  checkWholeNumber("retries", retries, [0, MAX_RETRIES]);
+  checkWholeNumber("connections", connections, [1, MAX_CONNECTIONS]);
   if (!(timeout > 0 && timeout <= MAX_TIMEOUT)) {
     throw usageError(`--timeout must be between 1 and ${MAX_TIMEOUT} seconds`);
   }
-  const { cache, caFile, platform, delay } = options;
+  const { cache, caFile, platform } = options;
   return {
     ...options,
     layers,
-    list,
-    dryRun,
     retries,
     connections,
     dest: resolvePath(options.dest || DEFAULT_DEST),
     filter: { include, exclude, strip: stripComponents },
-    clean: options.clean ?? false,
-    isPreview: list || dryRun,
+    isPreview: Boolean(options.list || options.dryRun), // nothing is written
     platform: platform === undefined ? hostPlatform() : parsePlatform(platform),
     protocol: options.protocol ?? "detect",
-    insecure: options.insecure ?? false,
     certificates: caFile === undefined ? [] : readCertificates(caFile),
     credentials: givenCredentials(options),
     authFiles: options.authFiles ?? [],
@@ -557,18 +503,14 @@ function resolveOptions(options: FetchWheelsOptions): Settings {
     mirrors: (options.mirrors ?? []).map(parseMirror),
     cache: cache === undefined ? undefined : resolvePath(cache),
     signal: options.signal ?? new AbortController().signal,
-    delay: delay ?? ((milliseconds, signal) => sleep(milliseconds, undefined, { signal })),
+    delay: options.delay ?? ((milliseconds, signal) => sleep(milliseconds, undefined, { signal })),
     now: options.now ?? Date.now,
     env: options.env ?? readEnvironment,
     report: options.onProgress ?? (() => {}),
   };
 }
 
-function checkWholeNumber(
-  name: string,
-  value: number,
-  { minimum, maximum }: { minimum: number; maximum: number },
-): void {
+function checkWholeNumber(name: string, value: number, [minimum, maximum]: [number, number]): void {
   if (Number.isInteger(value) && value >= minimum && value <= maximum) return;
   const isNegative = minimum === 0 && value < 0;
   throw usageError(`--${name} must be ${isNegative ? "0 or more" : `a whole number from ${minimum} to ${maximum}`}`);
@@ -593,25 +535,20 @@ function parseMirror(text: string): URL {
 // 0 Helpers: errors, text that is safe to print, JSON, files.
 // ---------------------------------------------------------------------------------------------------------------------
 
-function usageError(message: string, options?: { hint?: string; cause?: unknown }): FetchWheelsError {
-  return new FetchWheelsError("usage", message, options);
-}
+const usageError = errorsOfKind("usage");
+const notFoundError = errorsOfKind("not-found");
+const integrityError = errorsOfKind("integrity");
+const ioError = errorsOfKind("io");
 
-function notFoundError(message: string, options?: { hint?: string; cause?: unknown }): FetchWheelsError {
-  return new FetchWheelsError("not-found", message, options);
-}
-
-function integrityError(message: string, options?: { hint?: string; cause?: unknown }): FetchWheelsError {
-  return new FetchWheelsError("integrity", message, options);
+/** Returns a function that creates errors of one kind. */
+function errorsOfKind(kind: ErrorKind) {
+  return (message: string, options?: { hint?: string; cause?: unknown }) =>
+    new FetchWheelsError(kind, message, options);
 }
 
 function unsafeError(member: string, state: string): FetchWheelsError {
   const hint = "the whole archive is rejected; --include '*.whl' extracts the wheels alone";
   return new FetchWheelsError("unsafe", `Cannot extract ${quote(member)}: ${state}`, { hint });
-}
-
-function ioError(message: string, options?: { hint?: string; cause?: unknown }): FetchWheelsError {
-  return new FetchWheelsError("io", message, options);
 }
 
 /** Puts what Deno throws for a cancelled fetch and for missing permissions into this module's terms. */
@@ -732,23 +669,18 @@ function prefetch(bytes: AsyncIterable<Uint8Array>, limit: number): ReadableStre
 
 /** Counts and reports the bytes of a fetch. */
 class ByteMeter {
-  readonly #report: Report;
-  /** Bytes expected in all; undefined if something does not say its size. */
-  total: number | undefined;
+  total: number | undefined; // bytes expected in all; undefined if something does not say its size
   consumed = 0;
-  #received = 0;
 
-  constructor(report: Report) {
-    this.#report = report;
-  }
+  constructor(private readonly report: Report) {}
 
   received(bytes: number): void {
     this.consumed += bytes;
-    this.#report({ type: "bytes", received: this.consumed, total: this.total });
+    this.report({ type: "bytes", received: this.consumed, total: this.total });
   }
 
   extracted(members: number): void {
-    this.#report({ type: "extracted", members });
+    this.report({ type: "extracted", members });
   }
 }
 
@@ -799,10 +731,8 @@ async function* readFile(path: string, { offset = 0, size = Infinity } = {}): As
 }
 
 /** Yields a file's bytes from where it stands. */
-async function* chunksOf(
-  file: Deno.FsFile,
-  { path, size = Infinity }: { path: string; size?: number },
-): AsyncGenerator<Uint8Array> {
+async function* chunksOf(file: Deno.FsFile, options: { path: string; size?: number }): AsyncGenerator<Uint8Array> {
+  const { path, size = Infinity } = options;
   for (let left = size; left > 0;) {
     const buffer = new Uint8Array(Math.min(INFLATED_BYTES, left));
     const length = await file.read(buffer).catch((error) => {
@@ -831,7 +761,6 @@ const REPOSITORY_RULE = 'a repository name has lower-case letters and digits, wi
 const HOST =
   /^(?:[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?(?:\.[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?)*|\[[0-9A-Fa-f:]+\])(?::(?!0+$)\d{1,5})?$/;
 
-/** What a source's text means. */
 type Source =
   | { kind: "image"; image: ImageReference }
   | { kind: "url"; url: URL }
@@ -886,18 +815,15 @@ export function parseImageReference(text: string): ImageReference {
   const [name = "", digest, ...more] = text.split("@");
   if (more.length > 0) throw fail('it contains more than one "@"');
   if (digest !== undefined && !DIGEST.test(digest)) throw fail(DIGEST_RULE);
-  const colon = name.indexOf(":", name.lastIndexOf("/") + 1);
-  const tag = colon < 0 ? undefined : name.slice(colon + 1);
+  const [, path = "", tag] = /^(.*?)(?::([^/]*))?$/.exec(name) ?? [];
   if (tag !== undefined && !TAG.test(tag)) throw fail(TAG_RULE);
 
-  const path = colon < 0 ? name : name.slice(0, colon);
-  const slash = path.indexOf("/");
-  const first = path.slice(0, Math.max(slash, 0));
+  const [first = ""] = /^[^/]+(?=\/)/.exec(path) ?? [];
   const isHost = /[.:A-Z]/.test(first) || first === "localhost";
   const isValidHost = HOST.test(first) && URL.canParse(`https://${first}/`);
   if (isHost && !isValidHost) throw fail(`${quote(first)} is not a host name with an optional port`);
   const isHub = !isHost || HUB_NAMES.includes(first);
-  const rest = isHost ? path.slice(slash + 1) : path;
+  const rest = isHost ? path.slice(first.length + 1) : path;
   const repository = isHub && rest !== "" && !rest.includes("/") ? `library/${rest}` : rest;
   if (repository === "") throw fail("the name of the repository is missing");
   if (/[A-Z]/.test(repository)) throw fail("a repository name is lower case", `try ${lowered}`);
@@ -929,11 +855,7 @@ export function parsePlatform(text: string): Platform {
   throw usageError(message, { hint: "examples are linux/amd64 and linux/arm64" });
 }
 
-/**
- * Returns the platform of this machine's wheels. Images are for Linux on every host.
- *
- * @param arch Processor architecture, under any usual name
- */
+/** Returns the platform of this machine's wheels: Linux on every host, and the architecture, under any usual name. */
 export function hostPlatform(arch: string = Deno.build.arch): Platform {
   return normalizePlatform({ os: "linux", architecture: arch });
 }
@@ -941,8 +863,7 @@ export function hostPlatform(arch: string = Deno.build.arch): Platform {
 function normalizePlatform({ os = "", architecture = "", variant }: Partial<Platform>): Platform {
   const [name, implied] = ARCHITECTURES.get(architecture.toLowerCase()) ?? [architecture.toLowerCase()];
   const chosen = (variant?.toLowerCase() || implied)?.replace(/^(?=\d)/, "v");
-  const platform = { os: os.toLowerCase(), architecture: name };
-  return chosen === undefined ? platform : { ...platform, variant: chosen };
+  return { os: os.toLowerCase(), architecture: name, ...(chosen !== undefined && { variant: chosen }) };
 }
 
 // deno-fmt-ignore
@@ -950,8 +871,7 @@ const ARCHITECTURES = new Map<string, [name: string, variant?: string]>([
   ["x86_64", ["amd64"]], ["x86-64", ["amd64"]], ["aarch64", ["arm64"]], ["armhf", ["arm", "v7"]], ["armel", ["arm", "v6"]],
 ]);
 
-/** The variant of a platform that does not name one. */
-const IMPLIED_VARIANTS = new Map([["amd64", "v1"], ["arm64", "v8"], ["arm", "v7"]]);
+const IMPLIED_VARIANTS = new Map([["amd64", "v1"], ["arm64", "v8"], ["arm", "v7"]]); // if a platform names none
 
 function formatPlatform({ os, architecture, variant }: Partial<Platform>): string {
   return [os, architecture, variant].filter(Boolean).join("/");
@@ -988,12 +908,9 @@ function givenCredentials({ username, password }: FetchWheelsOptions): UserCrede
 
 /** Finds credentials for one image, when the registry asks for them. */
 class CredentialFinder {
-  readonly #settings: Settings;
   #found: Promise<UsableCredentials | undefined> | undefined;
 
-  constructor(settings: Settings) {
-    this.#settings = settings;
-  }
+  constructor(private readonly settings: Settings) {}
 
   find(image: ImageReference): Promise<UsableCredentials | undefined> {
     this.#found ??= this.#search(image);
@@ -1002,7 +919,7 @@ class CredentialFinder {
 
   /** Reads each configuration in turn; the first one that knows the registry decides. */
   async #search(image: ImageReference): Promise<UsableCredentials | undefined> {
-    const { credentials: given, authConfig, authFiles } = this.#settings;
+    const { credentials: given, authConfig, authFiles } = this.settings;
     if (given !== undefined) return given;
     for (const name of [...(authConfig === undefined ? [] : ["DOCKER_AUTH_CONFIG"]), ...authFiles]) {
       const body = name === "DOCKER_AUTH_CONFIG" ? Buffer.from(authConfig ?? "") : this.#readFile(name);
@@ -1030,21 +947,25 @@ class CredentialFinder {
 
   /** Runs `docker-credential-NAME get`. Each failure is a warning, and leads to an anonymous request. */
   async #askHelper(name: string, { registry }: ImageReference): Promise<UsableCredentials | undefined> {
-    const { signal, timeoutMs, env } = this.#settings;
+    const { signal, timeoutMs, env } = this.settings;
     const program = `docker-credential-${name}`;
     const warn = (state: string): undefined => {
       this.#warn(`Cannot run credential helper ${quote(program)}: ${state}; continuing without credentials`);
     };
     if (!/^[\w.-]+$/.test(name)) return warn("its name is invalid");
     if (isMissing(program, env("PATH"))) return warn("it is not installed");
-    if (!isGranted({ name: "run", command: program })) {
-      return warn(`deno needs --allow-run=${program}`);
-    }
+    if (!isGranted({ name: "run", command: program })) return warn(`deno needs --allow-run=${program}`);
     try {
       const limit = AbortSignal.any([signal, AbortSignal.timeout(timeoutMs)]);
-      const { success, stdout } = await runHelper(program, { input: registry === HUB ? HUB_KEY : registry, limit });
+      const pipes = { stdin: "piped", stdout: "piped", stderr: "null" } as const;
+      const child = new Deno.Command(program, { args: ["get"], ...pipes, signal: limit }).spawn();
+      const input = new TextEncoder().encode(registry === HUB ? HUB_KEY : registry);
+      // A helper that does not read its input shows that by its answer.
+      ReadableStream.from([input]).pipeTo(child.stdin).catch(() => {});
+      // A grandchild may keep the pipe open after the helper has been killed, so the signal ends the wait as well.
+      const { success, stdout } = await untilAborted(child.output(), limit);
       const answer = success ? parseJson(stdout) : undefined;
-      const [username, secret] = [answer?.Username, answer?.Secret];
+      const { Username: username, Secret: secret } = answer ?? {};
       if (typeof username === "string" && typeof secret === "string" && secret !== "") {
         return username === IDENTITY_USER ? { identityToken: secret } : { username, password: secret };
       }
@@ -1060,17 +981,8 @@ class CredentialFinder {
   }
 
   #warn(message: string): void {
-    this.#settings.report({ type: "warning", message });
+    this.settings.report({ type: "warning", message });
   }
-}
-
-async function runHelper(program: string, { input, limit }: { input: string; limit: AbortSignal }) {
-  const pipes = { stdin: "piped", stdout: "piped", stderr: "null" } as const;
-  const child = new Deno.Command(program, { args: ["get"], ...pipes, signal: limit }).spawn();
-  // A helper that does not read its input shows that by its answer.
-  ReadableStream.from([new TextEncoder().encode(input)]).pipeTo(child.stdin).catch(() => {});
-  // A grandchild may keep the pipe open after the helper has been killed, so the signal ends the wait as well.
-  return await untilAborted(child.output(), limit);
 }
 
 /** Reports whether the program is certainly not in PATH; without a look at PATH nothing is certain. */
@@ -1092,36 +1004,33 @@ function isMissing(program: string, path: string | undefined): boolean {
  * import assert from "node:assert/strict";
  *
  * const config = { auths: { "registry.example:5000": { auth: btoa("user:password") } } };
- * assert.deepEqual(findCredentials(config, { registry: "registry.example:5000", repository: "ns/wheels" }), {
- *   username: "user",
- *   password: "password",
- * });
+ * const found = findCredentials(config, { registry: "registry.example:5000", repository: "ns/wheels" });
+ * assert.deepEqual(found, { username: "user", password: "password" });
  * ```
  *
  * @param config The content of `config.json` or `auth.json`
- * @param image The image's registry and repository
  * @returns What `credHelpers`, else `credsStore`, else the most specific entry of `auths` says
  */
-export function findCredentials(
-  config: DockerConfig,
-  image: Pick<ImageReference, "registry" | "repository">,
-): Credentials | undefined {
+export function findCredentials(config: DockerConfig, image: ImageReference): Credentials | undefined {
   return lookUpCredentials(config, image).credentials;
 }
 
 function lookUpCredentials(
   config: DockerConfig,
-  { registry, repository }: Pick<ImageReference, "registry" | "repository">,
+  { registry, repository }: ImageReference,
 ): { credentials?: Credentials; problem?: string } {
-  const helper = entriesFor(registry, config.credHelpers).find(isFilledText) ?? config.credsStore;
-  if (helper !== undefined && isFilledText(helper)) return { credentials: { helper } };
+  const helper = [...entriesFor(registry, config.credHelpers), config.credsStore].find(isFilledText);
+  if (helper !== undefined) return { credentials: { helper } };
   const entry = entriesFor(`${registry}/${repository}`, config.auths).find(isFilled);
   if (entry === undefined) return {};
   if (entry.identitytoken) return { credentials: { identityToken: entry.identitytoken } };
   if (entry.registrytoken) return { credentials: { registryToken: entry.registrytoken } };
   if (!entry.auth) return { credentials: { username: entry.username ?? "", password: entry.password ?? "" } };
-  const credentials = decodeAuth(entry.auth);
-  return credentials ? { credentials } : { problem: `"auth" for ${registry} is not base64 of "username:password"` };
+  const decoded = /^[A-Za-z0-9+/_-]+=*\s*$/.test(entry.auth) ? Buffer.from(entry.auth, "base64").toString("utf8") : "";
+  const [, username, password = ""] = /^([^:]+):(.*?)\0*$/s.exec(decoded) ?? [];
+  const isValid = username !== undefined && !decoded.includes("\ufffd");
+  if (isValid) return { credentials: { username, password } };
+  return { problem: `"auth" for ${registry} is not base64 of "username:password"` };
 }
 
 function isFilled(entry: DockerAuthEntry | null): boolean {
@@ -1129,23 +1038,14 @@ function isFilled(entry: DockerAuthEntry | null): boolean {
   return [auth, identitytoken, registrytoken, username && password].some(isFilledText);
 }
 
-function isFilledText(value: unknown): boolean {
+function isFilledText(value: unknown): value is string {
   return typeof value === "string" && value !== "";
 }
 
-function decodeAuth(text: string): UserCredentials | undefined {
-  if (!/^[A-Za-z0-9+/_-]+=*\s*$/.test(text)) return undefined;
-  const decoded = Buffer.from(text, "base64").toString("utf8");
-  const [, username, password = ""] = /^([^:]+):(.*?)\0*$/s.exec(decoded) ?? [];
-  return username === undefined || decoded.includes("\ufffd") ? undefined : { username, password };
-}
-
-/**
- * Returns the entries whose keys name `name` or a part of it, on whole components, the most specific first. At the same
- * length a key that is spelled as Docker or podman spells it precedes one that is equal only after normalizing.
- */
+/** Returns the entries whose keys name `name`, or whole leading components of it, the most specific first. */
 function entriesFor<T>(name: string, entries: Record<string, T> = {}): T[] {
   const isHub = name === HUB || name.startsWith(`${HUB}/`);
+  // Spelled as Docker or podman spells it; such a key precedes one that is equal only after normalizing.
   const isExact = (key: string) => key === name || name.startsWith(`${key}/`) || isHub && key === HUB_KEY;
   return Object.entries(entries)
     .map(([key, entry]) => ({ path: normalizeKey(key) ?? "", rank: isExact(key) ? 1 : 0, entry }))
@@ -1167,7 +1067,6 @@ function basicAuthorization({ username, password }: UserCredentials): string {
   return `Basic ${Buffer.from(`${username}:${password}`, "utf8").toString("base64")}`;
 }
 
-/** Returns the user and password in a URL. */
 function urlCredentials(url: URL): UserCredentials | undefined {
   if (url.username === "") return undefined;
   try {
@@ -1179,21 +1078,15 @@ function urlCredentials(url: URL): UserCredentials | undefined {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 3 HTTP: one request with its proxy, certificates, timeout, retries and redirects. Transient failures are retried,
-//   others are reported at once.
+// 3 HTTP: one request with its proxy, certificates, timeout, redirects, and retries of transient failures.
 // ---------------------------------------------------------------------------------------------------------------------
 
-/** One request, as the sections below make it. */
 interface HttpRequest {
   headers?: Record<string, string>;
-  /** Form of a POST; without it, the request is a GET. */
-  form?: URLSearchParams;
-  /** Returns the Authorization header for one origin; called again after each redirect. */
-  authorize?: (url: URL) => string | undefined;
-  /** Throws if a redirect must not be followed. */
-  checkRedirect?: (url: URL) => void;
-  /** Whether a digest verifies the answer, so that a redirect to plain http does no harm. */
-  isVerified?: boolean;
+  form?: URLSearchParams; // of a POST; without it, the request is a GET
+  authorize?: (url: URL) => string | undefined; // the Authorization header; called again after each redirect
+  checkRedirect?: (url: URL) => void; // throws if a redirect must not be followed
+  isVerified?: boolean; // a digest verifies the answer, so that a redirect to plain http does no harm
   signal?: AbortSignal;
 }
 
@@ -1207,14 +1100,10 @@ interface Answer {
 /** The head of an answer, and the means to read its body or to give it up. */
 interface HttpResponse extends Answer {
   isOk: boolean;
-  /** Where the answer came from, after redirects. */
-  url: URL;
-  /** What was requested. */
-  requestUrl: URL;
-  /** A proxy that passed the request on; in plain http it may have answered itself. */
-  proxy?: URL;
-  /** Yields the body. Each chunk is the caller's own. */
-  body(): AsyncGenerator<Uint8Array>;
+  url: URL; // where the answer came from, after redirects
+  requestUrl: URL; // what was requested
+  proxy?: URL; // which passed the request on; in plain http it may have answered itself
+  body(): AsyncGenerator<Uint8Array>; // each chunk is the caller's own
   cancel(): void;
 }
 
@@ -1229,25 +1118,16 @@ interface FailureDetails {
   kind?: ErrorKind;
   hint?: string;
   cause?: unknown;
-  /** Whether a retry may help. @default {true} */
-  isTransient?: boolean;
-  /** Whether the certificate was refused; plain http must not be tried then, as that is what an attacker wants. */
-  isCertificate?: boolean;
-  /** How long the server asked to wait. */
-  waitMs?: number;
+  isTransient?: boolean; // whether a retry may help, which is the default
+  isCertificate?: boolean; // it was refused; plain http must not be tried then, as that is what an attacker wants
+  waitMs?: number; // how long the server asked to wait
 }
 
 /** Sends requests: binds transport, timeout, retries, clock, signal and log once. Disposing closes connections. */
 class HttpClient implements Disposable {
-  readonly signal: AbortSignal;
-  readonly now: () => number;
-  readonly #settings: Settings;
   readonly #transport: Transport;
 
-  constructor(settings: Settings) {
-    this.signal = settings.signal;
-    this.now = settings.now;
-    this.#settings = settings;
+  constructor(readonly settings: Settings) {
     this.#transport = new Transport(settings);
   }
 
@@ -1256,12 +1136,12 @@ class HttpClient implements Disposable {
   }
 
   /** Requests the first of these URLs that can be connected to, and retries transient failures and statuses. */
-  async request(urls: URL[], request: HttpRequest, budget: RetryBudget = this.newBudget()): Promise<HttpResponse> {
+  async request(urls: URL[], request: HttpRequest, budget: RetryBudget): Promise<HttpResponse> {
     while (true) {
       try {
         const response = await this.#sendToFirst(urls, request);
         if (!isTransientStatus(response.status)) return response;
-        const waitMs = retryAfter(response.headers.get("retry-after"), this.now());
+        const waitMs = retryAfter(response.headers.get("retry-after"), this.settings.now());
         const { message } = await this.statusError(response, `Cannot fetch ${quote(displayUrl(response.url))}`);
         throw new RequestError(message, { waitMs });
       } catch (error) {
@@ -1270,18 +1150,13 @@ class HttpClient implements Disposable {
     }
   }
 
-  newBudget(options?: BudgetOptions): RetryBudget {
-    return new RetryBudget(this.#settings, options);
-  }
-
   /** Reads a small answer whole, and requests it again if it breaks off. The body is undefined if it is too large. */
   async readDocument(
-    send: (budget: RetryBudget) => Promise<HttpResponse>,
-    { limit, retries }: { limit: number; retries?: number },
+    send: () => Promise<HttpResponse>,
+    { limit, budget }: { limit: number; budget: RetryBudget },
   ): Promise<{ response: HttpResponse; body: Uint8Array | undefined }> {
-    const budget = this.newBudget({ retries });
     while (true) {
-      const response = await send(budget);
+      const response = await send();
       try {
         const body = await this.#readSmall(response, limit);
         if (response.isOk && body !== undefined) checkDocument(response.url, body);
@@ -1297,7 +1172,7 @@ class HttpClient implements Disposable {
     const { status, url, proxy } = response;
     // If the body breaks off, the status says enough.
     const body = await this.#readSmall(response, MAX_ERROR_BYTES).catch(() => undefined);
-    this.signal.throwIfAborted();
+    this.settings.signal.throwIfAborted();
     const text = new TextDecoder().decode(body);
     if (status === 400 && url.protocol === "http:" && /HTTP request (?:was sent )?to (?:an )?HTTPS/i.test(text)) {
       const message = `${what}: ${displayUrl(url)} speaks https, not http`;
@@ -1313,13 +1188,10 @@ class HttpClient implements Disposable {
 
   /** Bounds the size and the time of a small document. */
   async #readSmall(response: HttpResponse, limit: number): Promise<Uint8Array | undefined> {
-    const milliseconds = this.#settings.timeoutMs * DOCUMENT_TIMEOUT_FACTOR;
+    const milliseconds = this.settings.timeoutMs * DOCUMENT_TIMEOUT_FACTOR;
     const tooLate = new AbortController();
-    using _deadline = abortAfter(
-      milliseconds,
-      tooLate,
-      () => requestError(response.url, `not complete after ${milliseconds / 1000} s`),
-    );
+    const makeReason = () => requestError(response.url, `not complete after ${milliseconds / 1000} s`);
+    using _deadline = abortAfter(milliseconds, tooLate, makeReason);
     try {
       return await readAll(interruptible(response.body(), tooLate.signal), limit);
     } finally {
@@ -1353,7 +1225,8 @@ class HttpClient implements Disposable {
         return { ...response, requestUrl: url };
       }
       response.cancel();
-      const next = redirectTarget(location, current);
+      const next = resolveHttpUrl(location, current);
+      if (next === undefined) throw finalError(current, "redirected to something that is not an http(s) URL");
       // Another origin gets no credentials, so that plain http does no harm to what a digest verifies.
       if (current.protocol === "https:" && next.protocol === "http:" && !isVerified) {
         throw finalError(current, `redirected from https to plain http (${displayUrl(next)})`);
@@ -1368,9 +1241,9 @@ class HttpClient implements Disposable {
   }
 
   /** Sends one request; ends with an answer's head or an error. */
-  async #send(url: URL, { form, signal: own = this.signal, ...request }: HttpRequest): Promise<HttpResponse> {
+  async #send(url: URL, { form, signal: own, ...request }: HttpRequest): Promise<HttpResponse> {
     const controller = new AbortController();
-    const signal = AbortSignal.any([controller.signal, own, this.signal]);
+    const signal = AbortSignal.any([controller.signal, own ?? this.settings.signal]);
     // Deno would otherwise ask for gzip and decode it, and digests would differ.
     const defaults = { "accept-encoding": "identity", "user-agent": `fetch_wheels/${VERSION}` };
     const headers: Record<string, string> = { ...defaults, ...request.headers };
@@ -1384,7 +1257,7 @@ class HttpClient implements Disposable {
     const { status } = answer;
     const length = answer.headers.get("content-length");
     const bytes = length === null ? undefined : Number(length);
-    this.#settings.report({ type: "request", method, url: displayUrl(url), status, bytes, range: headers.range, ms });
+    this.settings.report({ type: "request", method, url: displayUrl(url), status, bytes, range: headers.range, ms });
     if (proxy !== undefined && status === 407) {
       controller.abort(); // the body is not read
       throw proxyStatusError(url, proxy, 407);
@@ -1415,7 +1288,7 @@ class HttpClient implements Disposable {
   }
 
   #limitSilence({ url, proxy, controller }: Exchange): Disposable {
-    const { timeoutMs } = this.#settings;
+    const { timeoutMs } = this.settings;
     const through = proxy === undefined ? "" : ` through proxy ${displayOrigin(proxy)}`;
     const state = `no data received for ${timeoutMs / 1000} s${through}`;
     return abortAfter(timeoutMs, controller, () => requestError(url, state));
@@ -1430,8 +1303,7 @@ interface Exchange {
   headers: Record<string, string>;
   form: URLSearchParams | undefined;
   controller: AbortController;
-  /** Aborted by the controller, or by what ends the whole fetch. */
-  signal: AbortSignal;
+  signal: AbortSignal; // aborted by the controller, or by what ends the whole fetch
   /** Kept, because Deno ends the body of an aborted fetch only if this object has not been garbage-collected. */
   response?: Response;
 }
@@ -1450,27 +1322,14 @@ function checkDocument(url: URL, body: Uint8Array): void {
   throw integrityError(`Cannot read ${quote(displayUrl(url))}: the answer is ${state}`);
 }
 
-interface BudgetOptions {
-  retries?: number;
-  /** Shared by the budgets of one download. */
-  total?: { failures: number; reported?: { attempt: number; at: number } };
-  signal?: AbortSignal;
-}
-
 /** Retry budget. Progress resets `failures`; `total` bounds a whole download, which may have several budgets. */
 class RetryBudget {
-  readonly #settings: Settings;
-  readonly #retries: number;
-  readonly #total: NonNullable<BudgetOptions["total"]>;
-  readonly #signal: AbortSignal;
   #failures = 0;
 
-  constructor(settings: Settings, options: BudgetOptions = {}) {
-    this.#settings = settings;
-    this.#retries = options.retries ?? settings.retries;
-    this.#total = options.total ?? { failures: 0 };
-    this.#signal = options.signal ?? settings.signal;
-  }
+  constructor(
+    private readonly settings: Settings,
+    private readonly total: { failures: number; reported?: { attempt: number; at: number } } = { failures: 0 },
+  ) {}
 
   progress(): void {
     this.#failures = 0;
@@ -1478,8 +1337,8 @@ class RetryBudget {
 
   /** Waits until the next attempt may start; throws the error if there must not be one. */
   async spend(error: unknown): Promise<void> {
-    const { delay, now, report } = this.#settings;
-    const [retries, total, signal] = [this.#retries, this.#total, this.#signal];
+    const { retries, signal, delay, now, report } = this.settings;
+    const { total } = this;
     signal.throwIfAborted();
     if (!(error instanceof RequestError) || error.details.isTransient === false) throw error;
     const { message, details: { waitMs } } = error;
@@ -1491,7 +1350,9 @@ class RetryBudget {
     this.#failures++;
     total.failures++;
     if (this.#failures > retries || total.failures > retries * TOTAL_RETRIES_FACTOR) throw error;
-    const delayMs = waitMs ?? backoff(this.#failures - 1);
+    // Full jitter, so that a fleet of builds does not retry in step.
+    const backoffMs = Math.random() * Math.min(MAX_DELAY_MS, FIRST_DELAY_MS * 2 ** (this.#failures - 1));
+    const delayMs = waitMs ?? backoffMs;
     // Connections that break together are one line in the log.
     if (this.#failures !== total.reported?.attempt || now() - total.reported.at >= RETRY_REPORT_MS) {
       total.reported = { attempt: this.#failures, at: now() };
@@ -1508,11 +1369,6 @@ function isTransientStatus(status: number): boolean {
   return status === 408 || status === 429 || status >= 500;
 }
 
-/** Exponential with full jitter, so that a fleet of builds does not retry in step. */
-function backoff(attempt: number): number {
-  return Math.random() * Math.min(MAX_DELAY_MS, FIRST_DELAY_MS * 2 ** attempt);
-}
-
 /** Returns the milliseconds of a `Retry-After`, in seconds or as a date (RFC 9110); undefined if invalid or past. */
 function retryAfter(value: string | null, now: number): number | undefined {
   if (value === null) return undefined;
@@ -1522,10 +1378,9 @@ function retryAfter(value: string | null, now: number): number | undefined {
   return wait > 0 ? wait : undefined;
 }
 
-function redirectTarget(location: string, base: URL): URL {
-  const target = URL.canParse(location, base.href) ? new URL(location, base) : undefined;
-  if (target !== undefined && /^https?:$/.test(target.protocol)) return withoutUser(target);
-  throw finalError(base, "redirected to something that is not an http(s) URL");
+function resolveHttpUrl(text: string, base: URL): URL | undefined {
+  const url = URL.parse(text, base);
+  return url !== null && /^https?:$/.test(url.protocol) ? withoutUser(url) : undefined;
 }
 
 /** Without user information, path and query. */
@@ -1552,7 +1407,6 @@ function finalError(url: URL, state: string): RequestError {
 const HTTP_HINT = "if the server speaks plain http: --protocol http (REGISTRY_PROTOCOL)";
 const HTTPS_HINT = "use --protocol https (REGISTRY_PROTOCOL)";
 const PROXY_HINT = "check HTTPS_PROXY, HTTP_PROXY and NO_PROXY";
-const NOT_TLS: FailureDetails = { isTransient: false };
 const NOT_HTTP: FailureDetails = { isTransient: false, hint: HTTPS_HINT };
 const UNTRUSTED: FailureDetails = {
   isTransient: false,
@@ -1572,7 +1426,7 @@ const CONNECTION_FAILURES: [pattern: RegExp, state: string, options?: FailureDet
   [/CaUsedAsEndEntity|SELF_SIGNED|self.signed/, "it is self-signed", UNTRUSTED],
   [/UnknownIssuer|UNABLE_TO_/, "its issuer is unknown", UNTRUSTED],
   [/certificate|CERT_/, "no reason given", UNTRUSTED],
-  [/InvalidContentType|WRONG_VERSION_NUMBER|corrupt message/, "the server does not speak TLS", NOT_TLS],
+  [/InvalidContentType|WRONG_VERSION_NUMBER|corrupt message/, "the server does not speak TLS", { isTransient: false }],
   [/invalid HTTP version|HPE_INVALID/, "the answer is not HTTP; the server may speak https", NOT_HTTP],
   [/port \d+ are blocked/, "fetch does not connect to this port", { isTransient: false }],
   [/refused/i, "connection refused"],
@@ -1599,8 +1453,8 @@ function connectionError(url: URL, { error, proxy }: { error: unknown; proxy?: U
 
 function proxyStatusError(url: URL, proxy: URL, status: number): RequestError {
   const hint = status === 407 ? "put the proxy's user name and password into the variable that names it" : PROXY_HINT;
-  const isTransient = isTransientStatus(status);
-  return requestError(url, `proxy ${displayOrigin(proxy)} answered ${status}`, { isTransient, hint });
+  const state = `proxy ${displayOrigin(proxy)} answered ${status}`;
+  return requestError(url, state, { isTransient: isTransientStatus(status), hint });
 }
 
 /**
@@ -1609,17 +1463,13 @@ function proxyStatusError(url: URL, proxy: URL, status: number): RequestError {
  * the status with which a proxy refuses a tunnel.
  */
 class Transport implements Disposable {
-  readonly #settings: Settings;
   readonly #findProxy: (url: URL) => URL | undefined;
   readonly #clients = new Map<string, Deno.HttpClient>();
   readonly #agents = new Map<string, Agent>();
-  /** Origins whose certificate only `node:https` accepts. */
-  readonly #pinned = new Set<string>();
-  /** The system's certificates, once they were needed. */
-  #system: string[] | undefined;
+  readonly #pinned = new Set<string>(); // origins whose certificate only `node:https` accepts
+  #system: string[] | undefined; // the system's certificates, once they were needed
 
-  constructor(settings: Settings) {
-    this.#settings = settings;
+  constructor(private readonly settings: Settings) {
     this.#findProxy = readProxies(settings.env);
   }
 
@@ -1629,7 +1479,7 @@ class Transport implements Disposable {
   }
 
   proxyFor(url: URL): URL | undefined {
-    return this.#settings.fetch === undefined ? this.#findProxy(url) : undefined;
+    return this.settings.fetch === undefined ? this.#findProxy(url) : undefined;
   }
 
   async send(exchange: Exchange): Promise<Answer> {
@@ -1642,16 +1492,15 @@ class Transport implements Disposable {
         if (error instanceof Deno.errors.NotCapable) throw error;
         const failedProxy = /\(Connect\)/.test(String((error as Error).cause)) ? proxy : undefined;
         const failure = error instanceof FetchWheelsError ? error : connectionError(url, { error, proxy: failedProxy });
-        if (!(failure instanceof RequestError && failure.details.isCertificate && this.#extendTrust(url))) {
-          throw failure;
-        }
+        const isUntrusted = failure instanceof RequestError && failure.details.isCertificate;
+        if (!isUntrusted || !this.#extendTrust(url)) throw failure;
       }
     }
   }
 
   /** After a certificate was refused: trusts the system's certificates as well, then what only `node:https` accepts. */
   #extendTrust({ origin }: URL): boolean {
-    const { fetch, insecure, env } = this.#settings;
+    const { fetch, insecure, env } = this.settings;
     if (fetch !== undefined || insecure || this.#pinned.has(origin)) return false;
     if (this.#system !== undefined) {
       this.#pinned.add(origin);
@@ -1665,7 +1514,7 @@ class Transport implements Disposable {
 
   async #sendOnce(exchange: Exchange): Promise<Answer> {
     const { url, proxy } = exchange;
-    const { fetch: given, insecure } = this.#settings;
+    const { fetch: given, insecure } = this.settings;
     if (given !== undefined) return await sendByFetch(given, exchange);
     // `fetch` obeys the environment of the process by itself.
     const isFetchProxied = ["HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"].some(readEnvironment);
@@ -1682,7 +1531,7 @@ class Transport implements Disposable {
     const through = proxy && { url: withoutUser(proxy).href, basicAuth: urlCredentials(proxy) };
     const key = proxy?.href ?? (isFixed ? url.origin : "");
     const client = this.#clients.get(key) ?? Deno.createHttpClient({
-      caCerts: [...this.#settings.certificates, ...this.#system ?? []],
+      caCerts: [...this.settings.certificates, ...this.#system ?? []],
       // HTTP/2 would put all ranges on one connection, and that is the one that is throttled.
       http2: false,
       proxy: through ?? (isFixed ? address : undefined),
@@ -1709,7 +1558,7 @@ class Transport implements Disposable {
 
   /** Without `ca`, Node's modules trust the built-in roots; to read those, Deno wants another permission. */
   async #tlsOptions(isPinned: boolean): Promise<ConnectionOptions> {
-    const { insecure, certificates } = this.#settings;
+    const { insecure, certificates } = this.settings;
     if (insecure) return { rejectUnauthorized: false };
     if (!isPinned) return {};
     const tls = await import("node:tls");
@@ -1723,11 +1572,7 @@ class Transport implements Disposable {
   }
 }
 
-async function sendByFetch(
-  send: typeof fetch,
-  exchange: Exchange,
-  client?: Deno.HttpClient,
-): Promise<Answer> {
+async function sendByFetch(send: typeof fetch, exchange: Exchange, client?: Deno.HttpClient): Promise<Answer> {
   const { url, method, headers, form, signal } = exchange;
   const init: RequestInit & { client?: Deno.HttpClient } = { method, headers, body: form, redirect: "manual", signal };
   const response = await send(url, client === undefined ? init : { ...init, client });
@@ -1769,11 +1614,8 @@ async function sendByNode(agent: Agent, exchange: Exchange): Promise<Answer> {
   answer.on("error", () => {}); // the reader gets it
   const chunks = answer[Symbol.asyncIterator]();
   const read = async () => (await chunks.next()).value as Uint8Array | undefined;
-  const fields = new Headers();
-  for (const [name, values = []] of Object.entries(answer.headersDistinct)) {
-    for (const value of values) fields.append(name, value);
-  }
-  return { status: answer.statusCode ?? 0, headers: fields, read };
+  const fields = Object.entries(answer.headersDistinct).map(([name, values = []]) => [name, values.join(", ")]);
+  return { status: answer.statusCode ?? 0, headers: new Headers(fields as [string, string][]), read };
 }
 
 /** Opens a TLS connection to a server, through a tunnel if there is a proxy. */
@@ -1823,24 +1665,23 @@ async function openTunnel({ url, proxy, signal }: Exchange, options: ConnectionO
   });
 }
 
-/**
- * Reads the usual variables, in upper or lower case, and returns a function that finds the proxy for a URL. Loopback
- * never goes through a proxy, as in Go. A proxy that is not valid is an error that does not show it.
- */
+/** Reads the usual variables, in upper or lower case, and returns a function that finds the proxy for a URL. */
 function readProxies(env: (name: string) => string | undefined): (url: URL) => URL | undefined {
   const read = (name: string): URL | undefined => {
     const variable = [name, name.toLowerCase()].find((candidate) => env(candidate)?.trim());
     const text = variable && env(variable)?.trim();
     if (!text) return undefined;
     const full = /^[a-z][a-z0-9+.-]*:\/\//i.test(text) ? text : `http://${text}`;
-    const url = URL.canParse(full) ? new URL(full) : undefined;
+    const url = URL.parse(full);
     if (url?.hostname && /^(?:https?|socks5h?):$/.test(url.protocol)) return url;
+    // The value is not shown, because it may hold a password.
     throw usageError(`Cannot use the proxy in $${variable}: it is not an http, https or socks5 URL`);
   };
   const all = read("ALL_PROXY");
   const [forHttp, forHttps] = [read("HTTP_PROXY") ?? all, read("HTTPS_PROXY") ?? all];
   const exempt = (env("NO_PROXY") || env("no_proxy") || "").toLowerCase().split(/[\s,]+/).filter(Boolean);
   return (url) => {
+    // Loopback never goes through a proxy, as in Go.
     if (isLoopback(url.hostname) || exempt.some((entry) => matchesNoProxy(url, entry))) return undefined;
     return url.protocol === "https:" ? forHttps : forHttp;
   };
@@ -1853,8 +1694,7 @@ function matchesNoProxy(url: URL, entry: string): boolean {
   const defaultPort = url.protocol === "https:" ? 443 : 80;
   if (port !== undefined && Number(port) !== Number(url.port || defaultPort)) return false;
   const wanted = bareHost(name).replace(/^\*?\./, "").replace(/\.$/, "");
-  if (wanted === "*" || host === wanted || isInBlock(host, wanted)) return true;
-  return wanted !== "" && host.endsWith(`.${wanted}`);
+  return wanted === "*" || host === wanted || isInBlock(host, wanted) || wanted !== "" && host.endsWith(`.${wanted}`);
 }
 
 /** Reports whether an address is in a CIDR block, or is the address that the block consists of. */
@@ -1918,9 +1758,8 @@ const SYSTEM_CERTIFICATES = ["/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls
 
 /** Reads `$SSL_CERT_FILE`, else the system's bundle, as Go and curl do. A file that Deno may not read is skipped. */
 function readSystemCertificates(env: (name: string) => string | undefined): string[] {
-  const chosen = env("SSL_CERT_FILE");
-  if (chosen) return readCertificates(chosen);
-  const file = SYSTEM_CERTIFICATES.find((path) => isGranted({ name: "read", path }) && fs.existsSync(path));
+  const isReadable = (path: string) => isGranted({ name: "read", path }) && fs.existsSync(path);
+  const file = env("SSL_CERT_FILE") || SYSTEM_CERTIFICATES.find(isReadable);
   return file === undefined ? [] : readCertificates(file);
 }
 
@@ -1931,34 +1770,27 @@ function readSystemCertificates(env: (name: string) => string | undefined): stri
 /** How one registry, or a mirror of it, is reached. */
 interface RegistryOptions {
   image: ImageReference;
-  /** Base URLs, of which the first that can be connected to is used. */
-  bases: URL[];
+  bases: URL[]; // of which the first that can be connected to is used
   credentials: () => Promise<UsableCredentials | undefined>;
-  protocol: Settings["protocol"];
-  connections: number;
-  /** A mirror gets `?ns=REGISTRY`, as containerd sends it, and no retries. */
-  isMirror: boolean;
+  isMirror: boolean; // a mirror gets `?ns=REGISTRY`, as containerd sends it, and no retries
 }
 
-interface GetOptions {
+interface GetOptions extends Pick<HttpRequest, "isVerified" | "signal"> {
   headers: Record<string, string>;
-  /** Statuses besides success that are not an error. */
-  expected?: number[];
+  expected?: number[]; // statuses besides success that are not an error
   budget: RetryBudget;
-  isVerified?: boolean;
-  signal?: AbortSignal;
 }
 
 /** Serves one repository of a registry, and authorizes the requests at whichever origin challenges. */
 class Registry implements ImageStore {
-  readonly #retries: number | undefined;
+  readonly #settings: Settings; // a mirror's have no retries
   readonly #name: string;
   readonly #authorizers = new Map<string, Authorizer>();
   #bases: URL[];
   #hasPinged = false;
 
   constructor(readonly http: HttpClient, readonly options: RegistryOptions) {
-    this.#retries = options.isMirror ? 0 : undefined;
+    this.#settings = options.isMirror ? { ...http.settings, retries: 0 } : http.settings;
     this.#name = formatReference(options.image);
     this.#bases = options.bases;
   }
@@ -1975,7 +1807,8 @@ class Registry implements ImageStore {
   }
 
   blob({ digest, size }: Descriptor, offset: number): AsyncIterable<Uint8Array> {
-    const { connections, isMirror } = this.options;
+    const { connections } = this.http.settings;
+    const { isMirror } = this.options;
     const get = (options: GetOptions) => this.#get(`blobs/${digest}`, { ...options, isVerified: true });
     const options = { get, name: digest, size, connections, isMirror, isImmutable: true };
     return new BlobDownload(this.http, options).bytes(offset);
@@ -1988,19 +1821,19 @@ class Registry implements ImageStore {
   }
 
   #getDocument(path: string, options: Omit<GetOptions, "budget">): ReturnType<HttpClient["readDocument"]> {
-    const limits = { limit: MAX_MANIFEST_BYTES, retries: this.#retries };
-    return this.http.readDocument((budget) => this.#get(path, { ...options, budget }), limits);
+    const budget = new RetryBudget(this.#settings);
+    return this.http.readDocument(() => this.#get(path, { ...options, budget }), { limit: MAX_MANIFEST_BYTES, budget });
   }
 
   /** GETs a path below `/v2/<repository>/`. An answer that is neither a success nor expected is an error. */
-  async #get(path: string, { headers, expected = [], budget, isVerified, signal }: GetOptions): Promise<HttpResponse> {
+  async #get(path: string, { expected = [], budget, ...request }: GetOptions): Promise<HttpResponse> {
     let hasRenewed = false;
     while (true) {
       await Promise.all([...this.#authorizers.values()].map((authorizer) => authorizer.refresh()));
       const sent = new Map([...this.#authorizers].map(([origin, { header }]) => [origin, header]));
       const authorize = (url: URL) => sent.get(url.origin);
       const urls = this.#bases.map((base) => this.#endpoint(base, path));
-      const response = await this.http.request(urls, { headers, authorize, isVerified, signal }, budget);
+      const response = await this.http.request(urls, { ...request, authorize }, budget);
       this.#adoptOrigin(response);
       if (response.isOk) return response;
       const header = authorize(response.url);
@@ -2050,7 +1883,7 @@ class Registry implements ImageStore {
     const repository = /\/v2\/(.+)\/(?:manifests|blobs|referrers)\//.exec(url.pathname)?.[1] ?? image.repository;
     // A registry that this one redirects to gets anonymous requests only.
     const find = this.#isOwn(url) ? credentials : () => Promise.resolve(undefined);
-    const options = { ...this.options, base: url, name: this.#name, repository, credentials: find };
+    const options = { base: url, name: this.#name, repository, credentials: find };
     const authorizer = this.#authorizers.get(url.origin) ?? new Authorizer(this.http, options);
     this.#authorizers.set(url.origin, authorizer);
     await authorizer.answer(sent, challenges);
@@ -2062,8 +1895,7 @@ class Registry implements ImageStore {
     const isCandidate = (status === 403 || status === 404) && !headers.has("www-authenticate") && this.#isOwn(url);
     if (!isCandidate || this.#hasPinged || this.#authorizers.has(url.origin)) return false;
     this.#hasPinged = true;
-    const budget = this.http.newBudget({ retries: this.#retries });
-    const ping = await this.http.request([new URL("/v2/", url)], {}, budget);
+    const ping = await this.http.request([new URL("/v2/", url)], {}, new RetryBudget(this.#settings));
     // Without credentials, only a token can help.
     const hasBearer = /\bbearer\b/i.test(ping.headers.get("www-authenticate") ?? "");
     const isUseful = hasBearer || await this.options.credentials() !== undefined;
@@ -2082,7 +1914,7 @@ class Registry implements ImageStore {
     const hint = isAuth && this.#isOwn(url) ? credentialsHint(await this.options.credentials()) : missing;
     const error = await this.http.statusError(response, `Cannot fetch ${quote(this.#name)}`, hint);
     if (this.#isOwn(url) || !isAuth) throw error;
-    await budget.spend(new RequestError(error.message, error));
+    await budget.spend(new RequestError(error.message, { kind: error.kind, hint: error.hint }));
   }
 }
 
@@ -2093,13 +1925,9 @@ function credentialsHint(credentials: UsableCredentials | undefined): string {
 }
 
 interface AuthorizerOptions {
-  /** URL that challenged. */
-  base: URL;
-  /** The image's name, for messages. */
-  name: string;
-  /** Name of the repository at this origin. */
-  repository: string;
-  protocol: Settings["protocol"];
+  base: URL; // which challenged
+  name: string; // of the image, for messages
+  repository: string; // at this origin
   credentials: () => Promise<UsableCredentials | undefined>;
 }
 
@@ -2112,9 +1940,8 @@ class Authorizer {
 
   constructor(readonly http: HttpClient, readonly options: AuthorizerOptions) {}
 
-  /** Renews a token that has expired. */
   async refresh(): Promise<void> {
-    if (this.#expires <= this.http.now()) await this.#renew();
+    if (this.#expires <= this.http.settings.now()) await this.#renew();
   }
 
   /** Answers a refusal of `sent`. Without challenges, the last ones are answered again. */
@@ -2131,7 +1958,8 @@ class Authorizer {
 
   /** Bearer first, then Basic, as the challenges allow. */
   async #authorize(): Promise<void> {
-    const { base, protocol } = this.options;
+    const { base } = this.options;
+    const { protocol } = this.http.settings;
     const bearer = this.#challenges.find(({ scheme, parameters }) => scheme === "bearer" && parameters.realm);
     if (bearer === undefined && !this.#challenges.some(({ scheme }) => scheme === "basic")) {
       const schemes = this.#challenges.map(({ scheme }) => scheme).join(", ") || "none";
@@ -2149,7 +1977,7 @@ class Authorizer {
     if (credentials !== undefined && "registryToken" in credentials) {
       this.header = `Bearer ${credentials.registryToken}`;
     } else if (realm !== undefined) {
-      await this.#fetchToken(realm, { ...bearer?.parameters, credentials });
+      await this.#fetchToken(realm, bearer?.parameters ?? {});
     } else if (credentials === undefined) {
       throw this.#error("the registry asks for a user name and a password", PASSWORD_HINT);
     } else if (!("username" in credentials)) {
@@ -2164,19 +1992,15 @@ class Authorizer {
   }
 
   #parseRealm(text: string): URL {
-    const { base } = this.options;
-    const realm = URL.canParse(text, base.href) ? new URL(text, base) : undefined;
-    if (realm === undefined || !/^https?:$/.test(realm.protocol)) {
+    const realm = resolveHttpUrl(text, this.options.base);
+    if (realm === undefined) {
       throw this.#error(`the token service ${quote(text.split("?")[0] ?? "")} is not an http(s) URL`);
     }
     this.#checkRealm(realm);
-    return withoutUser(realm);
+    return realm;
   }
 
-  /**
-   * Keeps a registry from sending the client, and its password, to services of the client's own network, such as a
-   * cloud's metadata (GHSA-xf85-363p-868w).
-   */
+  /** Keeps a registry from sending the client to private services, such as a cloud's metadata (GHSA-xf85-363p-868w). */
   #checkRealm(realm: URL): void {
     const { base } = this.options;
     const what = `the token service ${quote(displayUrl(realm))}`;
@@ -2188,26 +2012,19 @@ class Authorizer {
     }
   }
 
-  /**
-   * Distribution project, "Token Authentication Specification". An identity token is exchanged by OAuth2's POST; a token
-   * service without that takes it as a password.
-   */
-  async #fetchToken(
-    realm: URL,
-    { service = "", scope, credentials }: {
-      service?: string;
-      scope?: string;
-      credentials: UserCredentials | { identityToken: string } | undefined;
-    },
-  ): Promise<void> {
+  /** Token Authentication Specification. An identity token is POSTed; services without OAuth2 get it as a password. */
+  async #fetchToken(realm: URL, { service = "", scope }: Challenge["parameters"]): Promise<void> {
     const { name, repository } = this.options;
-    const requested = this.http.now();
+    const { settings } = this.http;
+    const credentials = await this.options.credentials();
+    const requested = settings.now();
     const scopes = [...new Set([`repository:${repository}:pull`, scope || []].flat())];
     const checkRedirect = (url: URL) => this.#checkRealm(url);
-    const request = (url: URL, options: HttpRequest) =>
-      this.http.readDocument((budget) => this.http.request([url], { ...options, checkRedirect }, budget), {
-        limit: MAX_TOKEN_BYTES,
-      });
+    const request = (url: URL, options: HttpRequest) => {
+      const budget = new RetryBudget(settings);
+      const send = () => this.http.request([url], { ...options, checkRedirect }, budget);
+      return this.http.readDocument(send, { limit: MAX_TOKEN_BYTES, budget });
+    };
     const url = new URL(realm);
     if (service !== "") url.searchParams.set("service", service);
     scopes.forEach((text) => url.searchParams.append("scope", text));
@@ -2216,8 +2033,9 @@ class Authorizer {
     form.set("scope", scopes.join(" "));
     form.set("refresh_token", identity ?? "");
     const posted = identity === undefined ? undefined : await request(realm, { form });
-    const user = identity === undefined ? credentials : { username: IDENTITY_USER, password: identity };
-    const header = user && basicAuthorization(user as UserCredentials);
+    const given = credentials && "username" in credentials ? credentials : undefined;
+    const user = identity === undefined ? given : { username: IDENTITY_USER, password: identity };
+    const header = user && basicAuthorization(user);
     const authorize = ({ origin }: URL) => origin === url.origin ? header : undefined;
     const { response, body } = posted?.response.isOk ? posted : await request(url, { authorize });
 
@@ -2278,29 +2096,22 @@ export function parseChallenges(header: string): Challenge[] {
       if (rest !== "" && !rest.startsWith(",")) return challenges;
       continue;
     }
-    const scheme = take(/^([!#$%&'*+.^_`|~\w-]+)(?:\s+|(?=,|$))/);
+    const scheme = take(/^([!#$%&'*+.^_`|~\w-]+)(?:\s+|(?=,|$))/)?.[1];
     if (scheme === undefined) return challenges;
-    const challenge: Challenge = { scheme: scheme[1]?.toLowerCase() ?? "", parameters: {} };
-    challenges.push(challenge);
-    const token68 = take(/^([\w.~+/-]+=*)\s*(?=,|$)/);
-    if (token68 !== undefined) challenge.token68 = token68[1];
+    const token68 = take(/^([\w.~+/-]+=*)\s*(?=,|$)/)?.[1];
+    challenges.push({ scheme: scheme.toLowerCase(), parameters: {}, ...(token68 !== undefined && { token68 }) });
   }
   return challenges;
 }
 
-/** What is downloaded, and how. */
 interface DownloadOptions {
   /** Requests the content; an answer that is neither a success nor expected is an error. */
   get: (options: GetOptions) => Promise<HttpResponse>;
-  /** What the content is called in messages. */
-  name: string;
-  /** Size in bytes; without it, the first answer says it. */
-  size?: number;
+  name: string; // of the content, in messages
+  size?: number; // in bytes; without it, the first answer says it
   connections: number;
-  /** Whether the first answer that is not right ends the download. */
-  isMirror: boolean;
-  /** Whether a digest names the content, so that it cannot change between two requests. */
-  isImmutable: boolean;
+  isMirror: boolean; // the first answer that is not right ends the download
+  isImmutable: boolean; // a digest names the content, so that it cannot change between two requests
 }
 
 /** The bytes `[at, to)` that one connection delivers. Lowering `to` cuts it short. */
@@ -2308,14 +2119,10 @@ interface Span {
   at: number;
   to: number;
   hasBytes: boolean;
-  /** Whether all of it has arrived; its connection is free then. */
-  hasEnded: boolean;
+  hasEnded: boolean; // all of it has arrived; its connection is free
 }
 
-/**
- * Downloads one blob: resumes after each failure, and spreads over several connections if that makes it faster. Delivers
- * the bytes in order, and knows nothing about their digest.
- */
+/** Downloads one blob, not verified: resumes after each failure, and uses several connections if that is faster. */
 class BlobDownload {
   readonly #pace: ConnectionPace;
   readonly #total = { failures: 0 };
@@ -2323,27 +2130,22 @@ class BlobDownload {
   readonly #signal: AbortSignal;
   /** What is being downloaded, in order; the first span is what the consumer reads. */
   readonly #spans: { span: Span; chunks: AsyncIterable<Uint8Array> }[] = [];
-  /** Infinity as long as it is not known. */
-  #size: number;
-  /** Where the next span begins. */
-  #next = Infinity;
-  /** Where the registry redirected to; usable until its signature expires. */
-  #location: URL | undefined;
-  /** Strong entity tag, for `If-Range`. */
-  #validator: string | undefined;
-  /** False once the server has shown that it does not support ranges. */
-  #hasRanges = true;
+  #size: number; // Infinity as long as it is not known
+  #next = Infinity; // where the next span begins
+  #location: URL | undefined; // where the registry redirected to; usable until its signature expires
+  #validator: string | undefined; // strong entity tag, for `If-Range`
+  #hasRanges = true; // false once the server has shown that it does not support ranges
   /** One connection until the server announces ranges, two until it has sent one: a proxy may not pass them on. */
   #maxConnections = 1;
 
   constructor(readonly http: HttpClient, readonly options: DownloadOptions) {
     this.#size = options.size ?? Infinity;
-    this.#pace = new ConnectionPace(options.connections, http.now);
-    this.#signal = AbortSignal.any([http.signal, this.#stop.signal]);
+    this.#pace = new ConnectionPace(options.connections, http.settings.now);
+    this.#signal = AbortSignal.any([http.settings.signal, this.#stop.signal]);
   }
 
   async *bytes(from: number): AsyncGenerator<Uint8Array> {
-    const { now } = this.http;
+    const { now } = this.http.settings;
     const whole = { at: from, to: this.#size, hasBytes: false, hasEnded: false };
     this.#spans.push({ span: whole, chunks: this.#read(whole) });
     try {
@@ -2384,8 +2186,9 @@ class BlobDownload {
 
   /** Yields the bytes of a span. A connection that dies is replaced by one that asks for the rest. */
   async *#read(span: Span): AsyncGenerator<Uint8Array> {
-    const retries = this.options.isMirror ? 0 : undefined;
-    const budget = this.http.newBudget({ retries, total: this.#total, signal: this.#signal });
+    const { settings } = this.http;
+    const retries = this.options.isMirror ? 0 : settings.retries;
+    const budget = new RetryBudget({ ...settings, retries, signal: this.#signal }, this.#total);
     using _ = {
       [Symbol.dispose]: () => {
         span.hasEnded = true;
@@ -2505,16 +2308,13 @@ class BlobDownload {
  * bring. More are opened while the network is what the download waits for, and given up if the total rate does not rise.
  */
 class ConnectionPace {
-  /** Bytes received, and milliseconds spent waiting for the consumer, since the start of the measurement. */
-  bytes = 0;
-  consumerMs = 0;
-  /** Bytes that arrive within SAMPLE_MS. */
-  sampleBytes = 0;
+  bytes = 0; // received since the start of the measurement
+  consumerMs = 0; // spent since then waiting for the consumer
+  sampleBytes = 0; // that arrive within SAMPLE_MS
   #started: number | undefined;
   #samples = 0;
   #connections = 1;
-  /** Before the last growth, until that has been judged. */
-  #before: { rate: number; connections: number } | undefined;
+  #before: { rate: number; connections: number } | undefined; // before the last growth, until that is judged
   #isSettling = false;
   #pausedUntil = 0;
 
@@ -2553,7 +2353,6 @@ class ConnectionPace {
     return this.#connections;
   }
 
-  /** Starts a measurement with a number of connections. */
   #measure(connections: number): void {
     this.#connections = connections;
     this.#isSettling = false;
@@ -2568,56 +2367,48 @@ class ConnectionPace {
 // 5 Stores: the same answers from a registry, a mirror, a cache, an OCI layout, a `docker save` archive.
 // ---------------------------------------------------------------------------------------------------------------------
 
-/** A manifest as a store has it. */
-interface ManifestAnswer {
-  body: Uint8Array;
-  contentType?: string;
-  /** What the registry says is its digest. */
-  digest?: string;
-}
+/** Chunks of bytes, in order. */
+type Bytes = AsyncIterable<Uint8Array>;
+
+/** A manifest as a store has it. `digest` is what the registry says is its digest. */
+type ManifestAnswer = { body: Uint8Array; contentType?: string; digest?: string };
 
 /** Serves one image. What it returns is not verified yet. */
 interface ImageStore {
   /** Returns a manifest or an index, by tag or digest. */
   manifest(reference: string): Promise<ManifestAnswer>;
   /** Yields a blob from an offset on, which is 0 except in a registry or a mirror. */
-  blob(descriptor: Descriptor, offset: number): AsyncIterable<Uint8Array>;
+  blob(descriptor: Descriptor, offset: number): Bytes;
   /** Returns an index of the manifests that refer to this digest; undefined if the store does not have that. */
   referrers(digest: string): Promise<Uint8Array | undefined>;
 }
 
 /** Where the bytes come from: a store with an image, or a tarball. */
-type Origin =
-  | { kind: "registry" | "layout" | "docker-archive"; image: ImageReference; store: ImageStore; tarball?: undefined }
-  | { kind: "tarball"; store?: undefined; image?: undefined; tarball: Part; bytes: AsyncIterable<Uint8Array> };
-
-interface SourceOptions {
-  settings: Settings;
-  client: HttpClient;
-  isTrusting: boolean;
-}
+type Origin = ImageOrigin | { kind: "tarball"; store?: undefined; tarball: Part; bytes: Bytes };
+type ImageOrigin = { kind: ImageKind; image: ImageReference; store: ImageStore; tarball?: undefined };
+type ImageKind = "registry" | "layout" | "docker-archive";
+type SourceOptions = { settings: Settings; client: HttpClient; isTrusting: boolean };
 
 function openSource(source: Source, options: SourceOptions): Origin {
-  const { settings, client } = options;
-  if ((source.kind === "url" || source.kind === "file") && settings.verifyKeys.length > 0) {
+  if ((source.kind === "url" || source.kind === "file") && options.settings.verifyKeys.length > 0) {
     throw usageError("Cannot use --verify-key with a tarball: only images are signed");
   }
   switch (source.kind) {
     case "image":
       return { kind: "registry", image: source.image, store: openImageStore(source.image, options) };
     case "url": {
-      const tarball = tarballPart(displayUrl(source.url));
-      return { kind: "tarball", tarball, bytes: urlBytes(source.url, client) };
+      const tarball = { name: displayUrl(source.url), index: 1 };
+      return { kind: "tarball", tarball, bytes: urlBytes(source.url, options.client) };
     }
     case "file": {
-      const tarball = tarballPart(source.path, fileSize(source.path));
+      const tarball = { name: source.path, index: 1, size: fileSize(source.path) };
       return { kind: "tarball", tarball, bytes: readFile(source.path) };
     }
     default: {
       const { kind, path, tag } = source;
       const text = `${kind}:${path}${tag === undefined ? "" : `:${tag}`}`;
       const image = { registry: text, repository: "", tag };
-      const open = openMembers(kind, { path, text });
+      const open = openMembers(source, text);
       if (kind === "docker-archive") return { kind, image, store: dockerArchiveStore(open, text) };
       return { kind: "layout", image, store: layoutStore(open, text) };
     }
@@ -2626,18 +2417,17 @@ function openSource(source: Source, options: SourceOptions): Origin {
 
 /** Mirrors first, then the registry; before both the cache. */
 function openImageStore(image: ImageReference, { settings, client, isTrusting }: SourceOptions): ImageStore {
-  const { connections, protocol, cache, report, signal } = settings;
+  const { connections, protocol, cache, report } = settings;
   const finder = new CredentialFinder(settings);
   const common = { image, protocol, connections };
   const bases = baseUrls(image.registry, protocol);
-  const credentials = () => finder.find(image);
-  const registry = new Registry(client, { ...common, bases, credentials, isMirror: false });
+  const registry = new Registry(client, { ...common, bases, credentials: () => finder.find(image), isMirror: false });
   const mirrors = (isTrusting ? settings.mirrors : []).map((url) => {
     const user = Promise.resolve(urlCredentials(url));
-    const bases = [withoutUser(url)];
-    return { url, store: new Registry(client, { ...common, bases, credentials: () => user, isMirror: true }) };
+    const options = { ...common, bases: [withoutUser(url)], credentials: () => user, isMirror: true };
+    return { url, store: new Registry(client, options) };
   });
-  const store = withMirrors(mirrors, { registry, image, report, signal });
+  const store = mirrors.length === 0 ? registry : withMirrors(mirrors, { registry, image, settings });
   return cache === undefined ? store : withCache(store, { directory: cache, isFresh: !isTrusting, report });
 }
 
@@ -2649,31 +2439,21 @@ function baseUrls(registry: string, protocol: Settings["protocol"]): URL[] {
   return isLocalHost(secure.hostname) ? [secure, new URL(`http://${host}`)] : [secure];
 }
 
-interface Mirror {
-  url: URL;
-  store: ImageStore;
-}
-
-interface MirrorOptions {
-  registry: ImageStore;
-  image: ImageReference;
-  report: Report;
-  signal: AbortSignal;
-}
+type Mirror = { url: URL; store: ImageStore };
+type MirrorOptions = { registry: ImageStore; image: ImageReference; settings: Settings };
 
 /** Asks the mirrors in order; each is left at its first failure, and in the end the registry is asked. */
-function withMirrors(mirrors: Mirror[], { registry, image, report, signal }: MirrorOptions): ImageStore {
-  const down = new Set<Mirror>();
+function withMirrors(mirrors: Mirror[], { registry, image, settings }: MirrorOptions): ImageStore {
+  const usable = new Set(mirrors);
   const skip = (mirror: Mirror, error: unknown) => {
-    signal.throwIfAborted();
+    settings.signal.throwIfAborted();
     if (!(error instanceof FetchWheelsError)) throw error;
-    if (error instanceof RequestError || error.kind === "integrity") down.add(mirror);
-    report({ type: "warning", message: `skipping mirror ${displayOrigin(mirror.url)}: ${error.message}` });
+    if (error instanceof RequestError || error.kind === "integrity") usable.delete(mirror);
+    settings.report({ type: "warning", message: `skipping mirror ${displayOrigin(mirror.url)}: ${error.message}` });
   };
-  const usable = () => mirrors.filter((mirror) => !down.has(mirror));
   /** Returns the first answer of a mirror, or undefined if there is none. */
   const ask = async <T>(question: (store: ImageStore) => Promise<T>): Promise<T | undefined> => {
-    for (const mirror of usable()) {
+    for (const mirror of usable) {
       try {
         return await question(mirror.store);
       } catch (error) {
@@ -2686,14 +2466,14 @@ function withMirrors(mirrors: Mirror[], { registry, image, report, signal }: Mir
     async manifest(reference) {
       const answer = await ask(async (store) => {
         const manifest = await store.manifest(reference);
-        readDocument(manifest, { reference, image });
+        readDocument(manifest, reference, image);
         return manifest;
       });
       return answer ?? await registry.manifest(reference);
     },
     async *blob(descriptor, offset) {
       let at = offset;
-      for (const mirror of usable()) {
+      for (const mirror of usable) {
         try {
           for await (const chunk of mirror.store.blob(descriptor, at)) {
             at += chunk.length;
@@ -2712,12 +2492,8 @@ function withMirrors(mirrors: Mirror[], { registry, image, report, signal }: Mir
   };
 }
 
-interface CacheOptions {
-  directory: string;
-  /** Whether to ignore what is there, and fetch it again. */
-  isFresh: boolean;
-  report: Report;
-}
+/** `isFresh` says whether to ignore what is in the directory, and to fetch it again. */
+type CacheOptions = { directory: string; isFresh: boolean; report: Report };
 
 /** Keeps blobs, laid out as the `blobs` of an OCI layout. A kept blob is verified like one from the network. */
 function withCache(store: ImageStore, options: CacheOptions): ImageStore {
@@ -2728,15 +2504,9 @@ function withCache(store: ImageStore, options: CacheOptions): ImageStore {
   };
 }
 
-/**
- * Yields a cached blob, or what `FILE.part` has of it, and fetches and keeps the rest. That file's lock says who may write
- * to it; without the lock, nothing is kept. A cache that cannot be used is a warning.
- */
-async function* throughCache(
-  descriptor: Descriptor,
-  store: ImageStore,
-  { directory, isFresh, report }: CacheOptions,
-): AsyncGenerator<Uint8Array> {
+/** Yields a cached blob, or what `FILE.part` has of it; fetches and keeps the rest. Cache faults are only warnings. */
+async function* throughCache(descriptor: Descriptor, store: ImageStore, options: CacheOptions): Bytes {
+  const { directory, isFresh, report } = options;
   const { digest, size } = descriptor;
   const file = join(directory, blobPath(digest));
   const path = `${file}.part`;
@@ -2779,7 +2549,7 @@ async function* throughCache(
   }
 }
 
-/** Returns undefined if another process is fetching the blob, and will keep it. */
+/** Returns undefined if another process has locked the file: it is fetching the blob, and will keep it. */
 function claimPartial(path: string): Deno.FsFile | undefined {
   fs.mkdirSync(dirname(path), { recursive: true });
   const file = Deno.openSync(path, { read: true, write: true, create: true });
@@ -2794,12 +2564,9 @@ function blobPath(digest: string): string {
 }
 
 /** Opens a file of an OCI layout or an archive, by its path in it. */
-type MemberOpener = (name: string) => AsyncIterable<Uint8Array>;
+type MemberOpener = (name: string) => Bytes;
 
-function openMembers(
-  kind: "oci" | "oci-archive" | "docker-archive",
-  { path, text }: { path: string; text: string },
-): MemberOpener {
+function openMembers({ kind, path }: { kind: string; path: string }, text: string): MemberOpener {
   const isDirectory = kind === "oci";
   const stat = onDisk("read", path, () => statIfExists(path));
   const fail = (state: string) => notFoundError(`Cannot read ${quote(text)}: ${state}`);
@@ -2830,7 +2597,7 @@ function indexArchive(path: string): MemberOpener {
     }
     if (entry === undefined) throw notFoundError(`Cannot read ${quote(path)}: it has no ${quote(name)}`);
     if (isPlain) return yield* readFile(path, entry);
-    for await (const { offset, read } of tarMembers(decompress(readFile(path), path), { name: path })) {
+    for await (const { offset, read } of tarMembers(decompress(readFile(path), path), path)) {
       if (offset !== entry.offset) continue;
       for (let chunk = await read(); chunk !== undefined; chunk = await read()) yield chunk.slice();
       return;
@@ -2841,13 +2608,13 @@ function indexArchive(path: string): MemberOpener {
 async function scanArchive(path: string): Promise<{ isPlain: boolean; entries: Map<string, ArchiveEntry> }> {
   using file = onDisk("read", path, () => Deno.openSync(path));
   const head = new Uint8Array(TAR_BLOCK_BYTES);
-  const isPlain = isTarHeader(head.subarray(0, file.readSync(head) ?? 0));
+  const isPlain = file.readSync(head) === head.length && isTarHeader(head);
   file.seekSync(0, Deno.SeekMode.Start);
   // Bodies of a plain archive are skipped without being read.
   const seek = isPlain ? (bytes: number) => void file.seekSync(bytes, Deno.SeekMode.Current) : undefined;
   const bytes = isPlain ? chunksOf(file, { path }) : decompress(chunksOf(file, { path }), path);
   const entries = new Map<string, ArchiveEntry>();
-  for await (const { name, type, linkname, offset, size } of tarMembers(bytes, { name: path, seek })) {
+  for await (const { name, type, linkname, offset, size } of tarMembers(bytes, path, seek)) {
     const member = posix.normalize(name);
     if (type === "symbolic link") entries.set(member, { link: posix.join(posix.dirname(member), linkname) });
     else if (type === "hard link") entries.set(member, { link: posix.normalize(linkname) });
@@ -2913,11 +2680,9 @@ function chooseFromLayout(entries: Descriptor[], { text, tag }: { text: string; 
     : entries;
   const [chosen, ...others] = candidates;
   if (chosen !== undefined && others.every(({ digest }) => digest === chosen.digest)) return chosen;
-  const list = names.length === 0
-    ? `it has ${plural(entries.length, "image")} without a tag`
-    : `it has the tags ${names.join(", ")}`;
+  const list = names.length > 0 ? `the tags ${names.join(", ")}` : `${plural(entries.length, "image")} without a tag`;
   const hint = tag === undefined && names.length > 0 ? "add one of them after a colon" : undefined;
-  throw notFoundError(`Cannot choose an image in ${quote(text)}: ${list}`, { hint });
+  throw notFoundError(`Cannot choose an image in ${quote(text)}: it has ${list}`, { hint });
 }
 
 /** `docker save`: `manifest.json` names a configuration, which has the digests of the layers, and their files. */
@@ -2953,7 +2718,7 @@ function dockerArchiveStore(open: MemberOpener, text: string): ImageStore {
 }
 
 /** A URL's bytes; resumed only if the server can promise that they have not changed. */
-function urlBytes(url: URL, http: HttpClient): AsyncIterable<Uint8Array> {
+function urlBytes(url: URL, http: HttpClient): Bytes {
   const user = urlCredentials(url);
   const bare = withoutUser(url);
   const name = displayUrl(bare);
@@ -3011,13 +2776,11 @@ interface ResolvedImage {
 }
 
 /** Finds the manifest for one platform. An index that does not have it is an error that lists what it has. */
-async function resolveImage(
-  { kind, image, store }: Extract<Origin, { store: ImageStore }>,
-  { platform: wanted }: Settings,
-): Promise<ResolvedImage> {
+async function resolveImage({ kind, image, store }: ImageOrigin, settings: Settings): Promise<ResolvedImage> {
+  const wanted = settings.platform;
   const name = formatReference(image);
   const offered = new Set<string>();
-  const read = async (reference: string) => readDocument(await store.manifest(reference), { reference, image });
+  const read = async (reference: string) => readDocument(await store.manifest(reference), reference, image);
   const top = await read(image.digest ?? image.tag ?? (kind === "registry" ? "latest" : ""));
 
   const search = async (document: Manifest | ImageIndex, depth: number): Promise<Manifest | undefined> => {
@@ -3046,24 +2809,21 @@ async function resolveImage(
     const hint = offered.size === 0 ? undefined : "choose one with --platform";
     throw notFoundError(`Cannot find ${formatPlatform(wanted)} in ${quote(name)}: ${list}`, { hint });
   }
-  const platform = await checkPlatform(manifest, { store, name, wanted });
+  const stated = await statedPlatform(manifest, store);
+  const platform = stated === undefined ? null : formatPlatform(stated);
+  if (stated !== undefined && !isCompatible(stated, wanted)) {
+    const message = `Cannot find ${formatPlatform(wanted)} in ${quote(name)}: the image is for ${platform}`;
+    throw notFoundError(message, { hint: `if that is what you want: --platform ${platform}` });
+  }
   const named = { digest: top.digest, mediaType: top.mediaType };
   return { image, name, store, named, manifest, platform, isSynthetic: kind === "docker-archive" };
 }
 
-/** An image that no index describes may name its platform in its configuration; the wrong one is an error. */
-async function checkPlatform(
-  { config, platform }: Manifest,
-  { store, name, wanted }: { store: ImageStore; name: string; wanted: Platform },
-): Promise<string | null> {
+/** Returns the platform that an index or schema 1 says, else that of the image's configuration, if there is one. */
+async function statedPlatform({ config, platform }: Manifest, store: ImageStore): Promise<Platform | undefined> {
   const isReadable = config && isImageConfig(config.mediaType) && (config.size ?? 0) <= MAX_MANIFEST_BYTES;
   const stated = platform ?? (isReadable ? parseJson(await ifExists(readBlob(store, config))) : undefined) ?? {};
-  if (!isPlatform(stated) || !stated.os || !stated.architecture) return null;
-  const offered = normalizePlatform(stated);
-  const text = formatPlatform(offered);
-  if (isCompatible(offered, wanted)) return text;
-  const message = `Cannot find ${formatPlatform(wanted)} in ${quote(name)}: the image is for ${text}`;
-  throw notFoundError(message, { hint: `if that is what you want: --platform ${text}` });
+  return isPlatform(stated) && hasPlatform({ platform: stated }) ? normalizePlatform(stated) : undefined;
 }
 
 /** Reads a small blob whole and verified; undefined if it is too large. */
@@ -3080,11 +2840,8 @@ function ifExists<T>(answer: Promise<T>): Promise<T | undefined> {
 }
 
 /**
- * Chooses the image for a platform from an index, never one for another architecture.
- *
- * @param entries The index's `manifests`
- * @param platform The platform; without a variant, the host's level of the architecture or a lower one is accepted
- * @returns The entry, or undefined if none fits
+ * Chooses the image for a platform from an index's `manifests`, never one for another architecture; undefined if none
+ * fits. Without a variant, the host's level of the architecture or a lower one is accepted.
  */
 export function selectManifest(entries: Descriptor[], platform: Platform): Descriptor | undefined {
   return selectEntry(entries.filter(isImageEntry), platform);
@@ -3121,10 +2878,8 @@ function isImageConfig(mediaType: string | undefined): boolean {
 }
 
 /** Verifies a manifest's digest and reads it. Its type is what the body says, else the header, else its JSON. */
-function readDocument(
-  { body, contentType = "", digest: claimed }: ManifestAnswer,
-  { reference, image }: { reference: string; image: ImageReference },
-): Manifest | ImageIndex {
+function readDocument(answer: ManifestAnswer, reference: string, image: ImageReference): Manifest | ImageIndex {
+  const { body, contentType = "", digest: claimed } = answer;
   const isNamed = DIGEST.test(reference);
   const name = formatReference(isNamed ? { ...image, tag: undefined, digest: reference } : image);
   const fail = (state: string) => integrityError(`Cannot read manifest ${quote(name)}: ${state}`);
@@ -3132,6 +2887,7 @@ function readDocument(
   if (format !== undefined) throw fail(`it is ${format}, not JSON`);
   const expected = isNamed ? reference : DIGEST.test(claimed ?? "") ? claimed : undefined;
   const algorithm = expected?.split(":")[0] ?? "sha256";
+  // Of a signed manifest, only the payload is read, because the digest covers nothing else.
   const content = digestOf(body, algorithm) === expected ? body : signedPayload(body);
   const actual = digestOf(content, algorithm);
   if (expected !== undefined && actual !== expected) {
@@ -3175,10 +2931,7 @@ function isPlatform(value: JsonObject | null): boolean {
   return [value?.os, value?.architecture, value?.variant].every((part) => typeof (part ?? "") === "string");
 }
 
-/**
- * A signed schema 1 manifest is named by the digest of its payload, which its signature says how to restore. Only the
- * payload is read then, because the digest covers nothing else.
- */
+/** A signed schema 1 manifest is named by the digest of its payload, which its signature says how to restore. */
 function signedPayload(body: Uint8Array): Uint8Array {
   const json = parseJson(body);
   const header = json?.signatures?.[0]?.protected;
@@ -3194,7 +2947,6 @@ function digestOf(bytes: Uint8Array, algorithm: string): string {
 
 /** Something to fetch: an archive to extract, or a file of an artifact. */
 interface Part {
-  kind: "archive" | "file";
   /** Undefined for a tarball. */
   descriptor?: Descriptor;
   /** What its bytes are called in messages. */
@@ -3202,7 +2954,7 @@ interface Part {
   /** Position among the manifest's layers; 1 is the base. */
   index: number;
   size?: number;
-  /** Path of a file. */
+  /** Path of a file; other parts are archives. */
   path?: string;
   /** Directory that every member of an artifact's archive must lie in; the archive was selected as a whole. */
   directory?: string;
@@ -3215,10 +2967,6 @@ interface Part {
 /** Returns the size of all parts, if every one is known. */
 function totalSize(parts: Part[]): number | undefined {
   return parts.some(({ size }) => size === undefined) ? undefined : parts.reduce((sum, { size = 0 }) => sum + size, 0);
-}
-
-function tarballPart(name: string, size?: number): Part {
-  return { kind: "archive", name, index: 1, size };
 }
 
 function layerInfo({ descriptor, index, name }: Part, { manifest }: ResolvedImage): LayerInfo {
@@ -3236,7 +2984,7 @@ async function selectParts(resolved: ResolvedImage, { layers, output, filter }: 
   const positions = new Set(wanted.flatMap((layer) => layerPositions(layer, resolved)));
   const parts = [...positions].sort((a, b) => a - b).map((at): Part => {
     const descriptor = manifest.layers[at];
-    return { kind: "archive", descriptor, name: descriptor?.digest ?? "", index: at + 1, size: descriptor?.size };
+    return { descriptor, name: descriptor?.digest ?? "", index: at + 1, size: descriptor?.size };
   });
   const selected = isArtifact ? await artifactParts(parts, resolved, filter) : parts;
   const needsOne = output !== undefined || isArtifact && !isDefault;
@@ -3248,14 +2996,12 @@ async function selectParts(resolved: ResolvedImage, { layers, output, filter }: 
 }
 
 function layerPositions(wanted: string, { manifest: { layers }, name }: ResolvedImage): number[] {
-  const isDigest = DIGEST.test(wanted);
-  const last = wanted === "last" ? layers.length : Number(wanted);
-  const at = isDigest ? layers.findIndex(({ digest }) => digest === wanted) : last - 1;
-  if (wanted === "all" && layers.length > 0) return [...layers.keys()];
+  const { length } = layers;
+  if (wanted === "all" && length > 0) return [...layers.keys()];
+  const position = wanted === "last" ? length : Number(wanted);
+  const at = DIGEST.test(wanted) ? layers.findIndex(({ digest }) => digest === wanted) : position - 1;
   if (layers[at] !== undefined) return [at];
-  const state = layers.length === 0
-    ? "it has no layers"
-    : `it has ${plural(layers.length, "layer")}, but no layer ${wanted}`;
+  const state = length === 0 ? "it has no layers" : `it has ${plural(length, "layer")}, but no layer ${wanted}`;
   throw notFoundError(`Cannot fetch ${quote(name)}: ${state}`);
 }
 
@@ -3268,11 +3014,8 @@ function titleOf({ annotations }: Descriptor): string | undefined {
 const TAR_TYPE = /(?:^|[./+-])(?:x-)?(?:tar|tgz|gtar)(?:$|[.+-])/;
 
 /** An artifact's titled layers are files, or directories that `oras push` has packed; untitled ones must be archives. */
-async function artifactParts(
-  layers: Part[],
-  { manifest, name }: ResolvedImage,
-  filter: FilterOptions,
-): Promise<Part[]> {
+async function artifactParts(layers: Part[], resolved: ResolvedImage, filter: FilterOptions): Promise<Part[]> {
+  const { manifest, name } = resolved;
   const select = await memberFilter(filter);
   const skipped: FetchResult["skipped"] = [];
   const titles = new Set<string>();
@@ -3307,7 +3050,7 @@ async function artifactParts(
     } else {
       if (paths.has(path)) throw fail(`two files would have the path ${quote(path)}`);
       paths.add(path);
-      parts.push({ ...part, kind: "file", name: title, path });
+      parts.push({ ...part, name: title, path });
     }
   }
   if (parts[0] === undefined) throw noMatchError(`artifact ${quote(name)}`, { skipped: skipped.length, filter });
@@ -3326,11 +3069,9 @@ interface VerifyKey {
 }
 
 /** By the names of JSON Web Keys. For P-384 the standard is SHA-384, but cosign uses SHA-256 with every curve. */
+// deno-fmt-ignore
 const KEY_ALGORITHMS: Record<string, (string | null)[]> = {
-  "RSA": ["sha256"],
-  "P-256": ["sha256"],
-  "P-384": ["sha384", "sha256"],
-  "Ed25519": [null],
+  "RSA": ["sha256"], "P-256": ["sha256"], "P-384": ["sha384", "sha256"], "Ed25519": [null],
 };
 
 function readVerifyKey(file: string): VerifyKey {
@@ -3374,14 +3115,9 @@ interface StoredSignature {
   digests: string[];
 }
 
-/**
- * Checks that one of the keys signed what the reference named or the chosen manifest, as cosign does, without asking a
- * transparency log.
- */
-async function verifySignature(
-  resolved: ResolvedImage,
-  { verifyKeys, report }: Settings,
-): Promise<FetchResult["verified"]> {
+/** Checks, as cosign does without a transparency log, that a key signed what the reference named or the manifest. */
+async function verifySignature(resolved: ResolvedImage, settings: Settings): Promise<FetchResult["verified"]> {
+  const { verifyKeys, report } = settings;
   if (verifyKeys.length === 0) return null;
   const files = verifyKeys.map(({ file }) => quote(file)).join(" or ");
   let state = "it has no signature";
@@ -3390,8 +3126,9 @@ async function verifySignature(
       const { format, hint, otherKind, digests } = stored;
       const signer = verifyKeys.find((key) => isSignedBy(key, stored));
       if (signer !== undefined && otherKind === undefined && digests.includes(digest)) {
-        report({ type: "verified", digest, key: signer.file, format });
-        return { digest, key: signer.file, format };
+        const verified = { digest, key: signer.file, format };
+        report({ type: "verified", ...verified });
+        return verified;
       }
       const isOurs = verifyKeys.some((key) => key.hint === hint);
       if (otherKind !== undefined) state = `${quote(otherKind)} is not an image signature`;
@@ -3408,12 +3145,11 @@ async function* storedSignatures({ store, image }: ResolvedImage, digest: string
   const tag = digest.replace(":", "-");
   const read = async (reference: string): Promise<Partial<Manifest & ImageIndex>> => {
     const answer = await ifExists(store.manifest(reference));
-    return answer === undefined ? {} : readDocument(answer, { reference, image: { ...image, tag: reference } });
+    return answer === undefined ? {} : readDocument(answer, reference, { ...image, tag: reference });
   };
   // Without the referrers API, the index has a tag.
   const readReferrers = async () => parseJson(await store.referrers(digest))?.manifests;
-  const lists = [readReferrers, async () => (await read(tag)).entries];
-  for (const list of lists) {
+  for (const list of [readReferrers, async () => (await read(tag)).entries]) {
     for (const entry of [await list()].flat()) {
       if (!DIGEST.test(entry?.digest) || !MANIFEST_TYPES.includes(entry.mediaType)) continue;
       // The artifact type in an index is not reliable, so each manifest is read.
@@ -3452,8 +3188,7 @@ function* bundleSignatures(bundle: JsonObject | undefined): Generator<StoredSign
   const digests = subjects.flatMap((subject) => Object.entries(subject?.digest ?? {}).map((pair) => pair.join(":")));
   const hint = bundle?.verificationMaterial?.publicKey?.hint;
   for (const entry of signatures) {
-    const signature = decodeBase64(entry?.sig);
-    yield { format: "bundle", message, signature, hint, otherKind, digests };
+    yield { format: "bundle", message, signature: decodeBase64(entry?.sig), hint, otherKind, digests };
   }
 }
 
@@ -3465,11 +3200,10 @@ function decodeBase64(value: unknown): Uint8Array {
 // 7 Bytes: a part's bytes end well only if digest and size are right, so that nobody downstream can forget to check.
 // ---------------------------------------------------------------------------------------------------------------------
 
+type PartSource = { origin: Origin; meter: ByteMeter; signal: AbortSignal };
+
 /** Yields the bytes of a part, verified if the image names it by digest. */
-async function* openPart(
-  { descriptor }: Part,
-  { origin, meter, signal }: { origin: Origin; meter: ByteMeter; signal: AbortSignal },
-): AsyncGenerator<Uint8Array> {
+async function* openPart({ descriptor }: Part, { origin, meter, signal }: PartSource): Bytes {
   const bytes = "bytes" in origin ? origin.bytes : descriptor && verified(origin.store.blob(descriptor, 0), descriptor);
   if (bytes === undefined) return;
   try {
@@ -3484,15 +3218,8 @@ async function* openPart(
   }
 }
 
-/**
- * Passes bytes on. Throws before the last one if the digest is wrong, and as soon as there are too many; without a size,
- * throws at the end.
- */
-async function* verified(
-  bytes: AsyncIterable<Uint8Array>,
-  { digest, size }: Descriptor,
-  name = digest,
-): AsyncGenerator<Uint8Array> {
+/** Passes bytes on. Throws before the last one if the digest is wrong, and as soon as there are too many. */
+async function* verified(bytes: Bytes, { digest, size }: Descriptor, name = digest): Bytes {
   const fail = (state: string) => integrityError(`Cannot verify ${quote(name)}: ${state}`);
   const hash = crypto.createHash(digest.split(":")[0] ?? "");
   const check = () => {
@@ -3514,8 +3241,6 @@ async function* verified(
 /** Pulls exact amounts out of a stream of chunks. What it returns is a view that holds until the next call. */
 class ByteReader {
   readonly #source: AsyncIterator<Uint8Array>;
-  readonly #endsEarly: () => FetchWheelsError;
-  readonly #seek: ((bytes: number) => void) | undefined;
   #chunk: Uint8Array = new Uint8Array();
   /** Bytes consumed so far. */
   position = 0;
@@ -3526,10 +3251,8 @@ class ByteReader {
   }
 
   /** `endsEarly` makes the error for a source that ends too early; `seek` skips bytes of it without reading them. */
-  constructor(source: AsyncIterable<Uint8Array>, endsEarly: () => FetchWheelsError, seek?: (bytes: number) => void) {
+  constructor(source: Bytes, private readonly endsEarly: () => Error, private readonly seek?: (bytes: number) => void) {
     this.#source = source[Symbol.asyncIterator]();
-    this.#endsEarly = endsEarly;
-    this.#seek = seek;
   }
 
   /** Returns between one and `limit` bytes, or undefined at the end. */
@@ -3543,10 +3266,10 @@ class ByteReader {
   }
 
   /** Yields the next `size` bytes as they lie in the chunks. */
-  async *pieces(size: number): AsyncGenerator<Uint8Array> {
+  async *pieces(size: number): Bytes {
     for (let left = size; left > 0;) {
       const piece = await this.some(left);
-      if (piece === undefined) throw this.#endsEarly();
+      if (piece === undefined) throw this.endsEarly();
       left -= piece.length;
       yield piece;
     }
@@ -3577,14 +3300,14 @@ class ByteReader {
 
   async skip(size: number): Promise<void> {
     const left = size - this.#take(size).length;
-    if (this.#seek !== undefined) {
-      this.#seek(left);
+    if (this.seek !== undefined) {
+      this.seek(left);
       this.position += left;
     } else for await (const _ of this.pieces(left));
   }
 
   /** Yields the rest. */
-  async *rest(): AsyncGenerator<Uint8Array> {
+  async *rest(): Bytes {
     for (let piece = await this.some(Infinity); piece !== undefined; piece = await this.some(Infinity)) yield piece;
   }
 
@@ -3629,11 +3352,8 @@ function formatOf(bytes: Uint8Array): string | undefined {
   return MAGICS.find(([magic]) => head.startsWith(magic))?.[1];
 }
 
-/**
- * Undoes gzip or zstd, as the first bytes say; other bytes pass as they are. Always drains its input, so that trailing
- * bytes are verified too. `name` is what the bytes are called in messages.
- */
-async function* decompress(bytes: AsyncIterable<Uint8Array>, name: string): AsyncGenerator<Uint8Array> {
+/** Undoes gzip or zstd, as the first bytes say. Always drains its input, so that trailing bytes are verified too. */
+async function* decompress(bytes: Bytes, name: string): Bytes {
   const fail = (state: string) => integrityError(`Cannot decompress ${quote(name)}: ${state}`);
   const reader = new ByteReader(bytes, () => fail("it ends early (truncated?)"));
   try {
@@ -3662,15 +3382,8 @@ async function inflationOf(head: Uint8Array): Promise<number> {
   return size / head.length;
 }
 
-/**
- * Writes each piece and yields what came out of it. The decoder works synchronously and throws its errors from `write`.
- * Frees each buffer at once: the garbage collector would take its time, and memory that was just used is faster.
- */
-async function* inflate(
-  decoder: Gunzip | ZstdDecompress,
-  pieces: AsyncIterable<Uint8Array>,
-  fail: (state: string) => Error,
-): AsyncGenerator<Uint8Array> {
+/** Writes each piece and yields what came out. The decoder works synchronously and throws its errors from `write`. */
+async function* inflate(decoder: Gunzip | ZstdDecompress, pieces: Bytes, fail: (state: string) => Error): Bytes {
   const ready: Uint8Array<ArrayBuffer>[] = [];
   decoder.on("data", (chunk) => ready.push(chunk as Uint8Array<ArrayBuffer>));
   const run = (step: () => void) => {
@@ -3680,11 +3393,12 @@ async function* inflate(
       throw fail((error as Error).message.replace(/^zlib: /, ""));
     }
   };
-  async function* drained(): AsyncGenerator<Uint8Array> {
+  async function* drained(): Bytes {
     for (const chunk of ready.splice(0)) {
       // A buffer that is not full is one that the decoder goes on to fill.
       const own = chunk.byteLength === chunk.buffer.byteLength ? chunk : chunk.slice();
       yield own;
+      // Freed at once: the garbage collector would take its time, and memory that was just used is faster.
       if (!own.buffer.detached) own.buffer.transfer(0);
     }
   }
@@ -3714,7 +3428,7 @@ const MAX_BLOCKS = 16; // of zstd in one piece
  * without a word about what follows in the same piece, and takes a truncated frame for a whole one. Drops skippable
  * frames. A block inflates to 128 KiB at most, so that a piece of some blocks cannot take much memory.
  */
-async function* zstdPieces(reader: ByteReader, fail: (state: string) => Error): AsyncGenerator<Uint8Array> {
+async function* zstdPieces(reader: ByteReader, fail: (state: string) => Error): Bytes {
   for (let head = await reader.peek(8); head.length > 0; head = await reader.peek(8)) {
     const magic = firstNumber(head);
     if ((magic & 0xfffffff0) === ZSTD_SKIPPABLE) {
@@ -3770,18 +3484,10 @@ interface TarMember {
 }
 
 /** Types by their flag; `S` is GNU's old form of a sparse file. */
+// deno-fmt-ignore
 const MEMBER_TYPES: Record<string, string> = {
-  "\0": "file",
-  "0": "file",
-  "7": "file",
-  "S": "file",
-  "1": "hard link",
-  "2": "symbolic link",
-  "3": "character device",
-  "4": "block device",
-  "5": "directory",
-  "6": "FIFO",
-  "V": "volume label",
+  "\0": "file", "0": "file", "7": "file", "S": "file", "1": "hard link", "2": "symbolic link",
+  "3": "character device", "4": "block device", "5": "directory", "6": "FIFO", "V": "volume label",
 };
 const BODILESS_TYPES = "123456";
 
@@ -3793,10 +3499,7 @@ type TarExtensions = Map<string, Uint8Array>;
  * `archive/tar`. Skips what the caller does not read of a body. Ends only after the end marker and what follows that.
  * `name` is what the archive is called in messages; `seek` skips bytes of the source without reading them.
  */
-async function* tarMembers(
-  bytes: AsyncIterable<Uint8Array>,
-  { name, seek }: { name: string; seek?: (bytes: number) => void },
-): AsyncGenerator<TarMember> {
+async function* tarMembers(bytes: Bytes, name: string, seek?: (bytes: number) => void): AsyncGenerator<TarMember> {
   const fail = (state: string) => integrityError(`Cannot read archive ${quote(name)}: ${state}`);
   const reader = new ByteReader(bytes, () => fail("it ends early (truncated?)"), seek);
   const globals: TarExtensions = new Map();
@@ -3930,10 +3633,7 @@ function decodeName(bytes: Uint8Array): { text: string; fault?: string } {
   }
 }
 
-/**
- * Adds `LENGTH KEY=VALUE\n` records to a map. Goes by their lengths, because a value may hold anything. Keeps only keys
- * that matter, and all of those of sparse files as one, so that many headers do not take much memory.
- */
+/** Adds `LENGTH KEY=VALUE\n` records to a map. Goes by their lengths, because a value may hold anything. */
 function readPaxRecords(body: Uint8Array, records: TarExtensions): boolean {
   for (let at = 0; at < body.length;) {
     const blank = body.indexOf(0x20, at);
@@ -3942,6 +3642,7 @@ function readPaxRecords(body: Uint8Array, records: TarExtensions): boolean {
     const equals = body.indexOf(0x3d, blank);
     const isRecord = end <= body.length && equals > blank + 1 && equals < end && body[end - 1] === 0x0a;
     if (!isRecord) return false;
+    // Keeps only keys that matter, and those of sparse files as one, so that many headers do not take much memory.
     const key = Buffer.from(body.subarray(blank + 1, equals)).toString("utf8").replace(/^GNU\.sparse\..*/s, "sparse");
     if (["path", "linkpath", "size", "mtime", "sparse"].includes(key)) {
       records.set(key, new Uint8Array(body.subarray(equals + 1, end - 1)));
@@ -3966,11 +3667,7 @@ function paddingAfter(size: number): number {
 }
 
 /** Which members to extract: globs, and how many leading components to drop. */
-interface FilterOptions {
-  include: string[];
-  exclude: string[];
-  strip: number;
-}
+type FilterOptions = { include: string[]; exclude: string[]; strip: number };
 
 /** Where a member is extracted, or why it is skipped. */
 type MemberFilter = (path: string) => { path: string; reason?: string };
@@ -3990,12 +3687,11 @@ async function memberFilter({ include, exclude, strip }: FilterOptions): Promise
     const components = path.split("/");
     const matches = (matcher: (text: string) => boolean) =>
       components.some((name, at) => matcher(name) || matcher(components.slice(0, at + 1).join("/")));
-    const stripped = components.slice(strip).join("/");
     if (exclude.length > 0 && matches(isExcluded)) return { path, reason: EXCLUDED };
     if (include.length > 0 && !matches(isIncluded)) return { path, reason: NOT_INCLUDED };
     const isHidden = components.some((name) => name.startsWith(".") && name !== "..");
     if (include.length === 0 && isHidden) return { path, reason: HIDDEN };
-    return components.length <= strip ? { path, reason: TOO_SHORT } : { path: stripped };
+    return components.length <= strip ? { path, reason: TOO_SHORT } : { path: components.slice(strip).join("/") };
   };
 }
 
@@ -4018,9 +3714,7 @@ function isOutside(path: string): boolean {
 }
 
 /** How one archive is extracted. In an artifact's directory, whiteouts are files like any other. */
-type ArchivePlan =
-  & Pick<Part, "name" | "directory" | "contentDigest">
-  & { filter: FilterOptions; isDecompressed?: boolean };
+type ArchivePlan = Part & { filter: FilterOptions; isDecompressed?: boolean };
 
 /** A member that may be written: its path is clean and inside. `source` is its path before components were dropped. */
 type ArchiveMember =
@@ -4032,35 +3726,37 @@ type ArchiveMember =
   | { kind: "skipped"; source: string; reason: string };
 
 /** Yields the members of an archive. One that could lead outside condemns the archive, unless it is skipped. */
-async function* archiveMembers(bytes: AsyncIterable<Uint8Array>, plan: ArchivePlan): AsyncGenerator<ArchiveMember> {
+async function* archiveMembers(bytes: Bytes, plan: ArchivePlan): AsyncGenerator<ArchiveMember> {
   const { name, directory, contentDigest: digest } = plan;
   const content = plan.isDecompressed ? bytes : decompress(bytes, name);
-  const filter = await memberFilter(
-    directory === undefined ? plan.filter : { ...plan.filter, include: ["**"], exclude: [] },
-  );
-  for await (const member of tarMembers(digest ? verified(content, { digest }, name) : content, { name })) {
+  const globs = directory === undefined ? {} : { include: ["**"], exclude: [] };
+  const filter = await memberFilter({ ...plan.filter, ...globs });
+  for await (const member of tarMembers(digest ? verified(content, { digest }, name) : content, name)) {
     const safe = safeMember(member, filter, directory);
     if (safe !== undefined) yield safe;
   }
 }
 
+function damageError(member: string, state: string, options?: { hint: string }): FetchWheelsError {
+  return integrityError(`Cannot extract ${quote(member)}: ${state}`, options);
+}
+
 /** Applies every rule to a member; undefined for the archive's own root. */
 function safeMember(member: TarMember, filter: MemberFilter, directory: string | undefined): ArchiveMember | undefined {
   const { name, type, linkname, size, mode, mtime, fault, read } = member;
-  const fail = (state: string) => integrityError(`Cannot extract ${quote(name)}: ${state}`);
   const source = cleanPath(name);
   if (source === "" && type === "directory") return undefined;
   const { path, reason } = filter(source);
   const whiteout = directory === undefined ? whiteoutOf(source) : undefined;
   if (reason === EXCLUDED || reason === NOT_INCLUDED) return whiteout ?? { kind: "skipped", source, reason };
   if (isOutside(source)) throw unsafeError(name, `its path contains ${source.includes("\0") ? "NUL" : '".."'}`);
-  if (source === "") throw fail("it has no name");
+  if (source === "") throw damageError(name, "it has no name");
   if (directory !== undefined && source !== directory && !source.startsWith(`${directory}/`)) {
     throw unsafeError(name, `it lies outside of its directory ${quote(directory)}`);
   }
   if (whiteout !== undefined) return whiteout;
   if (reason !== undefined) return { kind: "skipped", source, reason };
-  if (fault !== undefined) throw fail(`it ${fault}`);
+  if (fault !== undefined) throw damageError(name, `it ${fault}`);
   switch (type) {
     case "file":
       // As PEP 706: the owner can read and write, others cannot write, and there are no special bits.
@@ -4073,8 +3769,8 @@ function safeMember(member: TarMember, filter: MemberFilter, directory: string |
       return { kind: "hard link", path, source, target };
     }
     case "symbolic link":
-      if (linkname === "" || linkname.includes("\0")) throw fail("it is a symbolic link without a valid target");
-      return { kind: "symbolic link", path, source, target: linkname };
+      if (linkname !== "" && !linkname.includes("\0")) return { kind: "symbolic link", path, source, target: linkname };
+      throw damageError(name, "it is a symbolic link without a valid target");
     default:
       return { kind: "skipped", source, reason: `${UNSUPPORTED}${type}` };
   }
@@ -4099,6 +3795,7 @@ function whiteoutOf(source: string): ArchiveMember | undefined {
 /** An entry of the tree. `source` is its path in the archive, `layer` the ordinal of the archive that it came from. */
 interface TreeEntry {
   kind: "file" | "directory" | "symbolic link";
+  target?: string; // of a symbolic link
   size: number;
   digest: string | null;
   source: string;
@@ -4106,29 +3803,21 @@ interface TreeEntry {
 }
 
 /** What archives left in a tree, by paths, parents before children; and what was skipped. */
-interface Extracted {
-  entries: Map<string, TreeEntry>;
-  skipped: FetchResult["skipped"];
-}
+type Extracted = { entries: Map<string, TreeEntry>; skipped: FetchResult["skipped"] };
 
 type FileMember = Extract<ArchiveMember, { kind: "file" }>;
 
 /** Applies the members of one archive after the other, and lets none of them lead out of the tree. */
 class TreeBuilder {
-  readonly #report: (members: number) => void;
-  readonly #root: string | undefined;
   readonly #umask: number;
   readonly #entries: Extracted["entries"] = new Map();
   readonly #skipped: Extracted["skipped"] = [];
-  readonly #symlinks = new Map<string, string>();
   /** Paths in the tree by their paths in the archives, for hard links and whiteouts. */
   readonly #bySource = new Map<string, string>();
   #layer = 0;
 
   /** `root` is an empty directory; without it, the tree is only a list. */
-  constructor(report: (members: number) => void, root?: string) {
-    this.#report = report;
-    this.#root = root;
+  constructor(private readonly report: (members: number) => void, private readonly root?: string) {
     // The root was created with all permissions, so what it lacks is the umask.
     this.#umask = root === undefined ? 0 : 0o777 & ~(Deno.statSync(root).mode ?? 0o777);
   }
@@ -4138,13 +3827,13 @@ class TreeBuilder {
   }
 
   /** Adds an archive, which may replace entries of earlier ones. */
-  async extract(plan: ArchivePlan, bytes: AsyncIterable<Uint8Array>): Promise<void> {
+  async extract(plan: ArchivePlan, bytes: Bytes): Promise<void> {
     this.#layer++;
     for await (const member of archiveMembers(bytes, plan)) await this.#add(member);
   }
 
   /** Adds a file of an artifact. */
-  async addDownload({ path = "", size = 0, descriptor }: Part, bytes: AsyncIterable<Uint8Array>): Promise<void> {
+  async addDownload({ path = "", size = 0, descriptor }: Part, bytes: Bytes): Promise<void> {
     const source = bytes[Symbol.asyncIterator]();
     const read = async () => (await source.next()).value as Uint8Array | undefined;
     const member = { kind: "file", path, source: path, size, mode: 0o644, mtime: Date.now() / 1000, read } as const;
@@ -4152,16 +3841,13 @@ class TreeBuilder {
   }
 
   /** Creates the symbolic links last, so that nothing is ever written through one. */
-  finish(): Promise<Extracted> {
-    for (const [path, target] of this.#symlinks) {
-      assertInside(path, this.#symlinks);
+  finish(): Extracted {
+    for (const [path, { target }] of this.#entries) {
+      if (target === undefined) continue;
+      assertInside(path, this.#entries);
       this.#change("create", path, (full) => Deno.symlinkSync(target, full));
     }
-    return Promise.resolve({ entries: this.#entries, skipped: this.#skipped });
-  }
-
-  stop(): Promise<void> {
-    return Promise.resolve();
+    return { entries: this.#entries, skipped: this.#skipped };
   }
 
   async #add(member: ArchiveMember): Promise<void> {
@@ -4181,24 +3867,23 @@ class TreeBuilder {
       case "hard link":
         return this.#addHardLink(member);
       case "symbolic link": {
-        const { path, source, target } = member;
+        const { kind, path, source, target } = member;
         this.#makeRoom(path);
-        this.#symlinks.set(path, target);
-        this.#set(path, { kind: "symbolic link", size: 0, digest: null, source, layer: this.#layer });
+        this.#set(path, { kind, target, size: 0, digest: null, source, layer: this.#layer });
       }
     }
   }
 
   async #addFile(member: FileMember, digest: string | null = null): Promise<void> {
     this.#makeRoom(member.path);
-    const size = this.#root === undefined ? member.size : await this.#writeFile(join(this.#root, member.path), member);
+    const size = this.root === undefined ? member.size : await this.#writeFile(join(this.root, member.path), member);
     this.#set(member.path, { kind: "file", size, digest, source: member.source, layer: this.#layer });
   }
 
   #set(path: string, entry: TreeEntry): void {
     this.#entries.set(path, entry);
     this.#bySource.set(entry.source, path);
-    this.#report(this.size);
+    this.report(this.size);
   }
 
   #addHardLink({ path, source, target }: Extract<ArchiveMember, { kind: "hard link" }>): void {
@@ -4207,19 +3892,16 @@ class TreeBuilder {
     if (entry === undefined || entry.kind === "directory" || from === path) throw this.#linkError(source, target);
     this.#makeRoom(path);
     if (!this.#entries.has(from)) throw this.#linkError(source, target); // it was in a directory that had to go
-    const symlink = this.#symlinks.get(from);
-    if (symlink !== undefined) this.#symlinks.set(path, symlink);
-    else this.#change("create", path, (full) => Deno.linkSync(join(this.#root ?? "", from), full));
+    const isFile = entry.kind === "file";
+    if (isFile) this.#change("create", path, (full) => Deno.linkSync(join(this.root ?? "", from), full));
     this.#set(path, { ...entry, source, layer: this.#layer });
   }
 
   #linkError(source: string, target: string): FetchWheelsError {
-    const what = `Cannot extract ${quote(source)}: it is a hard link to ${quote(target)}`;
-    if (this.#skipped.some(({ path }) => path === target)) {
-      return integrityError(`${what}, which was not selected`, { hint: "select the target as well" });
-    }
-    const hint = "if the target is in a lower layer: --layer all";
-    return integrityError(`${what}, which is not an earlier file in the archive`, { hint });
+    const isSkipped = this.#skipped.some(({ path }) => path === target);
+    const state = isSkipped ? "was not selected" : "is not an earlier file in the archive";
+    const hint = isSkipped ? "select the target as well" : "if the target is in a lower layer: --layer all";
+    return damageError(source, `it is a hard link to ${quote(target)}, which ${state}`, { hint });
   }
 
   /** Removes what earlier archives put at a path, or below a directory. */
@@ -4239,9 +3921,7 @@ class TreeBuilder {
       const entry = this.#entries.get(parent);
       if (entry?.kind === "directory") continue;
       if (entry?.layer === this.#layer) {
-        if (entry.kind === "file") {
-          throw integrityError(`Cannot extract ${quote(path)}: ${quote(parent)} is an earlier file in the archive`);
-        }
+        if (entry.kind === "file") throw damageError(path, `${quote(parent)} is an earlier file in the archive`);
         throw unsafeError(path, `it would be written through the symbolic link ${quote(parent)}`);
       }
       this.#makeDirectory(parent, { source: parent, mode: 0o755 });
@@ -4254,9 +3934,7 @@ class TreeBuilder {
       entry.layer = this.#layer;
       return this.#change("create", path, (full) => Deno.chmodSync(full, mode));
     }
-    if (entry?.layer === this.#layer) {
-      throw integrityError(`Cannot extract ${quote(path)}: it is a directory, but it was a ${entry.kind} before`);
-    }
+    if (entry?.layer === this.#layer) throw damageError(path, `it is a directory, but it was a ${entry.kind} before`);
     if (entry !== undefined) this.#drop(path);
     this.#change("create", path, (full) => {
       Deno.mkdirSync(full, { mode });
@@ -4270,24 +3948,22 @@ class TreeBuilder {
     this.#makeParents(path);
     const entry = this.#entries.get(path);
     if (entry?.kind === "directory") {
-      if (entry.layer === this.#layer) {
-        throw integrityError(`Cannot extract ${quote(path)}: it is not a directory, but it was one before`);
-      }
+      if (entry.layer === this.#layer) throw damageError(path, "it is not a directory, but it was one before");
       for (const other of [...this.#entries.keys()].reverse()) if (other.startsWith(`${path}/`)) this.#drop(other);
     }
     if (entry !== undefined) this.#drop(path);
   }
 
   #drop(path: string): void {
-    const source = this.#entries.get(path)?.source ?? "";
-    if (!this.#symlinks.delete(path)) this.#change("replace", path, (full) => Deno.removeSync(full));
+    const { source = "", kind } = this.#entries.get(path) ?? {};
+    if (kind !== "symbolic link") this.#change("replace", path, (full) => Deno.removeSync(full));
     this.#entries.delete(path);
     if (this.#bySource.get(source) === path) this.#bySource.delete(source);
   }
 
   /** Changes the disk, synchronously, which is much faster for thousands of small files. Does nothing for a list. */
   #change(action: string, path: string, change: (full: string) => void): void {
-    const root = this.#root;
+    const { root } = this;
     if (root !== undefined) onDisk(action, path, () => change(join(root, path)));
   }
 
@@ -4309,9 +3985,10 @@ class TreeBuilder {
 }
 
 /** Walks a link's target as the kernel would, through the tree's other links, and refuses to leave the tree. */
-function assertInside(path: string, symlinks: Map<string, string>): void {
+function assertInside(path: string, entries: Extracted["entries"]): void {
+  const { target = "" } = entries.get(path) ?? {};
   const place = path.split("/").slice(0, -1);
-  const todo = [symlinks.get(path) ?? ""];
+  const todo = [target];
   for (let links = 1; todo.length > 0;) {
     const text = todo.pop() ?? "";
     if (text.startsWith("/")) throw unsafeError(path, `it is a symbolic link to the absolute path ${quote(text)}`);
@@ -4320,9 +3997,9 @@ function assertInside(path: string, symlinks: Map<string, string>): void {
     if (component === "" || component === ".") continue;
     if (component !== "..") place.push(component);
     else if (place.pop() === undefined) {
-      throw unsafeError(path, `it is a symbolic link to ${quote(symlinks.get(path) ?? "")}, which is outside`);
+      throw unsafeError(path, `it is a symbolic link to ${quote(target)}, which is outside`);
     }
-    const next = component === ".." ? undefined : symlinks.get(place.join("/"));
+    const next = component === ".." ? undefined : entries.get(place.join("/"))?.target;
     if (next === undefined) continue;
     if (++links > MAX_LINKS) throw unsafeError(path, "its symbolic links form a loop");
     place.pop();
@@ -4345,16 +4022,12 @@ type FromWorker = { members: number } | { extracted: Extracted } | { error: Retu
  * to compute. The worker writes only to the staging directory; what is published is decided here.
  */
 class WorkerTreeBuilder {
-  readonly #root: string;
-  readonly #report: (members: number) => void;
   readonly #worker: Worker;
   readonly #calls: PromiseWithResolvers<FromWorker>[] = [];
   readonly #failed = new AbortController();
   readonly #ended = Promise.withResolvers<void>();
 
-  constructor(report: (members: number) => void, { root, url }: { root: string; url: string }) {
-    this.#root = root;
-    this.#report = report;
+  constructor(private readonly report: (members: number) => void, private readonly root: string, url: string) {
     this.#worker = new Worker(url, { type: "module", name: WORKER_NAME });
     this.#worker.onmessage = ({ data }: MessageEvent<FromWorker>) => this.#receive(data);
     this.#worker.onerror = (event) => {
@@ -4364,11 +4037,11 @@ class WorkerTreeBuilder {
     };
   }
 
-  async extract(plan: ArchivePlan, bytes: AsyncIterable<Uint8Array>): Promise<void> {
+  async extract(plan: ArchivePlan, bytes: Bytes): Promise<void> {
     const reader = new ByteReader(bytes, () => integrityError("unused"));
     const isText = await inflationOf(await reader.peek(SAMPLE_BYTES)) > TEXT_FACTOR;
     const content = isText ? decompress(reader.rest(), plan.name) : reader.rest();
-    this.#call({ root: this.#root, plan: { ...plan, isDecompressed: isText } });
+    this.#call({ root: this.root, plan: { ...plan, isDecompressed: isText } });
     const pending: { size: number; answer: Promise<unknown> }[] = [];
     let pendingBytes = 0;
     for await (const chunk of interruptible(content, this.#failed.signal)) {
@@ -4415,7 +4088,7 @@ class WorkerTreeBuilder {
       const { kind, message: text, hint } = message.error;
       this.#failed.abort(new FetchWheelsError(kind, text, { hint: hint ?? undefined }));
     } else this.#calls.shift()?.resolve(message);
-    if ("members" in message) this.#report(message.members);
+    if ("members" in message) this.report(message.members);
     else this.#ended.resolve();
   }
 }
@@ -4435,7 +4108,7 @@ async function serveExtraction(): Promise<void> {
     return value;
   }
 
-  async function* chunks(): AsyncGenerator<Uint8Array> {
+  async function* chunks(): Bytes {
     for (let message = await take(); typeof message === "object" && "chunk" in message; message = await take()) {
       yield message.chunk;
       message.chunk.buffer.transfer(0); // frees the memory at once; the garbage collector would take its time
@@ -4450,14 +4123,10 @@ async function serveExtraction(): Promise<void> {
       await builder.extract(message.plan, chunks());
       post({ members: builder.size });
     }
-    if (builder !== undefined) post({ extracted: await builder.finish() });
+    if (builder !== undefined) post({ extracted: builder.finish() });
   } catch (error) {
     post({ error: describeError(toPublicError(error)) });
   }
-}
-
-function isWorker(): boolean {
-  return (globalThis as { name?: string }).name === WORKER_NAME;
 }
 
 /** Drops a project's own pin, which would forbid building any other version of it. Returns the file's new size. */
@@ -4474,19 +4143,16 @@ function dropPin(file: string, project: string): number {
 }
 
 /** Warns if there are no wheels, or wheels that do not run on the platform: the last part of their names says (PEP 427). */
-function warnOfUnusableWheels(
-  files: FileInfo[],
-  layers: LayerInfo[],
-  { dryRun, output, filter, platform, report }: Settings,
-): void {
+function warnOfUnusableWheels(files: FileInfo[], layers: LayerInfo[], settings: Settings): void {
+  const { dryRun, output, filter, platform, report } = settings;
   if (dryRun || output !== undefined) return;
   const warn = (message: string) => report({ type: "warning", message });
   const wheels = files.map(({ path }) => posix.basename(path)).filter((name) => name.toLowerCase().endsWith(".whl"));
   if (wheels.length === 0) {
     const [layer] = layers;
     const hasOthers = layer !== undefined && layer.count > layers.length && filter.include.length === 0;
-    if (!hasOthers) return warn("no wheels found");
-    return warn(`no wheels found in layer ${layer.index} of ${layer.count}; --layer all extracts every layer`);
+    const place = hasOthers ? ` in layer ${layer.index} of ${layer.count}; --layer all extracts every layer` : "";
+    return warn(`no wheels found${place}`);
   }
   const foreign = wheels.filter((name) => !isWheelFor(name, platform));
   if (foreign.length === 0) return;
@@ -4496,18 +4162,14 @@ function warnOfUnusableWheels(
 }
 
 /** Patterns of the architectures that wheels call by other names. */
+// deno-fmt-ignore
 const WHEEL_MACHINES = new Map([
-  ["amd64", "(?:x86_64|amd64)"],
-  ["arm64", "(?:aarch64|arm64)"],
-  ["386", "i[3-6]86"],
-  ["arm", "arm(?:v\\d\\w*)?"],
-  ["loong64", "loongarch64"],
-  ["mips64le", "mips64(?:el|le)?"],
-  ["mipsle", "mips(?:el|le)?"],
+  ["amd64", "(?:x86_64|amd64)"], ["arm64", "(?:aarch64|arm64)"], ["386", "i[3-6]86"], ["arm", "arm(?:v\\d\\w*)?"],
+  ["loong64", "loongarch64"], ["mips64le", "mips64(?:el|le)?"], ["mipsle", "mips(?:el|le)?"],
 ]);
 
 function isWheelFor(name: string, { os, architecture, variant = "v7" }: Platform): boolean {
-  const [, tags] = /^[^-]+-[^-]+(?:-\d[^-]*)?-[^-]+-[^-]+-([^-]+)\.whl$/i.exec(name.toLowerCase()) ?? [];
+  const [, tags] = /^[^-]+-[^-]+(?:-\d[^-]*)?-[^-]+-[^-]+-([^-]+)\.whl$/.exec(name.toLowerCase()) ?? [];
   if (tags === undefined) return true;
   const system = os === "windows" ? "win" : os === "darwin" ? "macosx" : "(?:(?:many|musl)?linux|android)";
   const pattern = new RegExp(`^${system}(?:_|\\d).*?${WHEEL_MACHINES.get(architecture) ?? architecture}$`);
@@ -4524,32 +4186,36 @@ function isWheelFor(name: string, { os, architecture, variant = "v7" }: Platform
 // 10 Publish: everything is written to a staging directory, and moved into place once all of it is known to be right.
 // ---------------------------------------------------------------------------------------------------------------------
 
-/** What a target receives: parts, base first, and the means to read them. */
-interface Delivery {
-  parts: Part[];
-  open: (part: Part) => AsyncIterable<Uint8Array>;
-  /** The source, for messages. */
-  label: string;
-  meter: ByteMeter;
-}
+/** What a target receives: parts, base first, the means to read them, and the source, for messages. */
+type Delivery = { parts: Part[]; open: (part: Part) => Bytes; label: string; meter: ByteMeter };
 
 type Received = Pick<FetchResult, "files" | "skipped">;
 
 /** Where the bytes go. Disposing of it removes whatever was not published. */
-interface Target extends Disposable {
-  receive(delivery: Delivery): Promise<Received>;
-}
+type Target = Disposable & { receive(delivery: Delivery): Promise<Received> };
 
 function openTarget(settings: Settings): Target {
-  const { output, dest, clean, env } = settings;
+  const { output, dest, clean, env, report, signal } = settings;
   if (clean && output === undefined) assertCleanable(dest, env("HOME"));
-  if (settings.dryRun) return { receive: (delivery) => previewOnly(delivery, settings), [Symbol.dispose]() {} };
-  if (settings.list) return { receive: (delivery) => listMembers(delivery, settings), [Symbol.dispose]() {} };
-  if (output === undefined) return stagedTree(settings);
+  if (settings.dryRun) return toTarget((delivery) => previewOnly(delivery, settings));
+  if (settings.list) return toTarget((delivery) => listMembers(delivery, settings));
+  if (output === undefined) {
+    const staging = new StagingDirectory(onDisk("use", dest, () => treePlaces(dest)), report);
+    return toTarget((delivery) => receiveTree(delivery, staging.path, settings), staging);
+  }
   const stat = typeof output === "string" ? onDisk("use", output, () => statIfExists(output)) : undefined;
   if (stat?.isDirectory()) throw ioError(`Cannot write ${quote(String(output))}: it is a directory`);
-  if (typeof output === "string" && (stat === undefined || stat.isFile())) return stagedFile(output, settings.report);
-  return { receive: (delivery) => streamTarball(delivery, output, settings.signal), [Symbol.dispose]() {} };
+  const isStream = typeof output !== "string" || stat?.isFile() === false;
+  if (isStream) return toTarget((delivery) => streamTarball(delivery, output, signal));
+  // A link stays a link, and its target is replaced.
+  const path = stat === undefined ? output : onDisk("use", output, () => fs.realpathSync(output));
+  onDisk("write", path, () => fs.statSync(dirname(path))); // which is not created
+  const staging = new StagingDirectory([[dirname(path), basename(path)]], report);
+  return toTarget((delivery) => receiveFile(delivery, path, join(staging.path, "new")), staging);
+}
+
+function toTarget(receive: Target["receive"], staging?: StagingDirectory): Target {
+  return { receive, [Symbol.dispose]: () => staging?.[Symbol.dispose]() };
 }
 
 /** `--clean` must not take away more than a directory of wheels. */
@@ -4574,7 +4240,7 @@ async function previewOnly({ parts, open }: Delivery, { dest, clean, report }: S
   const more = names.length > 5 ? `, and ${names.length - 5} more` : "";
   const message = `--clean would remove from ${quote(dest)}: ${names.slice(0, 5).map(quote).join(", ")}${more}`;
   if (names.length > 0) report({ type: "warning", message });
-  return { files: [], skipped: parts.flatMap(({ skipped = [] }) => skipped) };
+  return describeTree(parts);
 }
 
 /** Builds the tree without a disk. An artifact's files are listed from its manifest, without a download. */
@@ -4586,32 +4252,28 @@ async function listMembers({ parts, open, meter }: Delivery, { filter }: Setting
     if (path === undefined) await builder.extract({ ...part, filter }, open(part));
     else titled.push({ path, size, digest: descriptor?.digest ?? null });
   }
-  const { files, skipped } = describeTree(await builder.finish(), parts);
+  const { files, skipped } = describeTree(parts, builder.finish());
   return { files: [...files, ...titled], skipped };
 }
 
-function describeTree({ entries, skipped }: Extracted, parts: Part[]): Received {
-  const files = [...entries].filter(([, { kind }]) => kind !== "directory");
+/** Lists a tree, if there is one; the titles that were not selected come first. */
+function describeTree(parts: Part[], tree?: Extracted): Received {
+  const files = [...tree?.entries ?? []].filter(([, { kind }]) => kind !== "directory");
   return {
     files: files.map(([path, { size, digest }]) => ({ path, size, digest })),
-    skipped: [...parts.flatMap(({ skipped = [] }) => skipped), ...skipped],
+    skipped: [...parts.flatMap(({ skipped = [] }) => skipped), ...tree?.skipped ?? []],
   };
 }
 
-function noMatchError(
-  what: string,
-  { skipped, filter, hint }: { skipped: number; filter: FilterOptions; hint?: string },
-): FetchWheelsError {
+function noMatchError(what: string, options: { skipped: number; filter: FilterOptions; hint?: string }): Error {
+  const { skipped, filter, hint } = options;
   const files = skipped === 0 ? "" : ` (${plural(skipped, "file")} skipped)`;
   const include = filter.include.map((glob) => `--include ${quote(glob)}`).join(" ");
   const state = include !== "" && skipped > 0 ? `nothing matched ${include}` : "it has no file to extract";
   return notFoundError(`Cannot extract ${what}: ${state}${files}`, { hint });
 }
 
-/**
- * Locks an open file, for as long as it is open. Locks hold between containers, too. Returns whether the lock is ours;
- * undefined if the file system has no locks.
- */
+/** Locks a file until it is closed, between containers, too. Returns undefined if the file system has no locks. */
 function tryLock(file: Deno.FsFile): boolean | undefined {
   try {
     return file.tryLockSync(true);
@@ -4662,16 +4324,14 @@ type StagingPlace = [directory: string, name: string];
 /** A hidden directory, locked while this run lives. Disposing of it removes it. */
 class StagingDirectory implements Disposable {
   readonly path: string;
-  readonly #report: Report;
   #lock: Deno.FsFile | undefined;
   /** The first of the directories above it that had to be created. */
   #made: string | undefined;
 
   /** Creates it in the first place, and removes from each place what dead runs left there. */
-  constructor(places: [StagingPlace, ...StagingPlace[]], report: Report) {
+  constructor(places: [StagingPlace, ...StagingPlace[]], private readonly report: Report) {
     const [[directory, name]] = places;
     this.path = join(directory, stagingName(name));
-    this.#report = report;
     try {
       onDisk("create", this.path, () => {
         this.#made = fs.mkdirSync(directory, { recursive: true });
@@ -4698,14 +4358,11 @@ class StagingDirectory implements Disposable {
     } catch (error) {
       // A leftover does not matter: the next run removes it.
       const { message } = toDiskError(error, `Cannot remove ${quote(this.path)}`) as Error;
-      this.#report({ type: "warning", message });
+      this.report({ type: "warning", message });
     }
   }
 
-  /**
-   * Removes what dead runs left behind, which their locks show, and first undoes what they had begun to publish. Keeps
-   * what belongs to another user, whose journal must not make this run write anywhere.
-   */
+  /** Removes what dead runs left behind, which their locks show, and first undoes what they had begun to publish. */
   #sweep([directory, name]: StagingPlace): void {
     const owner = fs.statSync(this.path).uid;
     const prefix = stagingPrefix(name);
@@ -4714,6 +4371,7 @@ class StagingDirectory implements Disposable {
       const path = join(directory, found);
       onDisk("clean up", path, () => {
         const stat = lstatIfExists(path);
+        // The journal of another user must not make this run write anywhere.
         if (stat?.uid !== owner) return;
         const [lockFile, journalFile] = [join(path, LOCK_NAME), join(path, JOURNAL_NAME)];
         using lock = fs.existsSync(lockFile) ? Deno.openSync(lockFile, { read: true, write: true }) : null;
@@ -4727,15 +4385,15 @@ class StagingDirectory implements Disposable {
   }
 }
 
-/** The tree of an archive, on DEST's file system and hidden until it is published. */
-function stagedTree(settings: Settings): Target {
-  const { dest, report } = settings;
+/** A tree is staged on DEST's file system: inside DEST if it exists, else beside it. */
+function treePlaces(dest: string): [StagingPlace, StagingPlace] {
   const inside: StagingPlace = [dest, ""];
   const beside: StagingPlace = [dirname(dest), basename(dest)];
-  const exists = onDisk("use", dest, () => isUsableDirectory(dest));
-  const staging = new StagingDirectory(exists ? [inside, beside] : [beside, inside], report);
-  const receive = (delivery: Delivery) => receiveTree(delivery, staging.path, settings);
-  return { receive, [Symbol.dispose]: () => staging[Symbol.dispose]() };
+  const stat = statIfExists(dest);
+  if (stat?.isDirectory()) return [inside, beside];
+  if (stat !== undefined) throw ioError(`Cannot use ${quote(dest)}: it is not a directory`);
+  if (lstatIfExists(dest)) throw ioError(`Cannot use ${quote(dest)}: it is a dangling symbolic link`);
+  return [beside, inside];
 }
 
 async function receiveTree(delivery: Delivery, root: string, settings: Settings): Promise<Received> {
@@ -4750,7 +4408,7 @@ async function receiveTree(delivery: Delivery, root: string, settings: Settings)
     constraints.size = dropPin(join(tree, CONSTRAINTS), settings.unpin);
     constraints.digest = null;
   }
-  const received = describeTree(extracted, delivery.parts);
+  const received = describeTree(delivery.parts, extracted);
   if (received.files.length === 0) throw noFileError(delivery, received.skipped.length, settings.filter);
   settings.signal.throwIfAborted();
   publish(root, extracted.entries, settings);
@@ -4760,13 +4418,13 @@ async function receiveTree(delivery: Delivery, root: string, settings: Settings)
 /** Applies each part to one tree. Further parts are downloaded meanwhile: the next layer, or several files of an artifact. */
 async function extractParts({ parts, open, meter }: Delivery, tree: string, settings: Settings): Promise<Extracted> {
   const { filter, workerUrl, connections } = settings;
-  const hasFiles = parts.some(({ kind }) => kind === "file");
+  const hasFiles = parts.some(({ path }) => path !== undefined);
   const isLarge = parts.reduce((sum, { size = 0 }) => sum + size, 0) >= WORKER_BYTES;
   const report = (members: number) => meter.extracted(members);
   const local = new TreeBuilder(report, tree);
-  const builder = workerUrl !== undefined && isLarge && !hasFiles
-    ? new WorkerTreeBuilder(report, { root: tree, url: workerUrl })
-    : local;
+  const isThreaded = workerUrl !== undefined && isLarge && !hasFiles;
+  const worker = isThreaded ? new WorkerTreeBuilder(report, tree, workerUrl) : undefined;
+  const builder = worker ?? local;
   const waiting = [...parts];
   const ahead: ReadableStream<Uint8Array>[] = [];
   try {
@@ -4774,40 +4432,28 @@ async function extractParts({ parts, open, meter }: Delivery, tree: string, sett
       const bytes = ahead.shift() ?? open(waiting.shift() ?? part);
       const wanted = hasFiles ? connections - 1 : 1;
       for (const next of waiting.splice(0, wanted - ahead.length)) ahead.push(prefetch(open(next), PREFETCH_BYTES));
-      if (part.kind === "archive") await builder.extract({ ...part, filter }, bytes);
+      if (part.path === undefined) await builder.extract({ ...part, filter }, bytes);
       else await local.addDownload(part, bytes);
     }
     return await builder.finish();
   } finally {
     ahead.forEach((stream) => stream.cancel().catch(() => {})); // one that has failed says so again
-    await builder.stop();
+    await worker?.stop();
   }
 }
 
-function noFileError({ parts, label }: Delivery, skipped: number, filter: FilterOptions): FetchWheelsError {
+function noFileError({ parts, label }: Delivery, skipped: number, filter: FilterOptions): Error {
   const [part] = parts;
-  const isLayer = part?.descriptor !== undefined && part.kind === "archive" && part.directory === undefined;
+  const isLayer = part?.descriptor !== undefined && (part.path ?? part.directory) === undefined;
   const what = isLayer && parts.length === 1 ? `layer ${part.index} of ${quote(label)}` : quote(label);
   return noMatchError(what, { skipped, filter, hint: isLayer ? "try another layer, or --layer all" : undefined });
-}
-
-/** Reports whether DEST exists; throws if something else is in its place. */
-function isUsableDirectory(dest: string): boolean {
-  const stat = statIfExists(dest);
-  if (stat?.isDirectory()) return true;
-  if (stat !== undefined) throw ioError(`Cannot use ${quote(dest)}: it is not a directory`);
-  if (lstatIfExists(dest)) throw ioError(`Cannot use ${quote(dest)}: it is a dangling symbolic link`);
-  return false;
 }
 
 /**
  * What a publication is about to change; kept on disk until all of it is done, so that the next run can undo it. A step
  * takes a path of DEST away to `old/INDEX`, puts a path of the staged tree into DEST, or makes a directory there.
  */
-interface Journal {
-  dest: string;
-  steps: { action: "take" | "put" | "make"; path: string }[];
-}
+type Journal = { dest: string; steps: { action: "take" | "put" | "make"; path: string }[] };
 
 /** Runs a rename or a removal; returns false if it is refused, as on overlayfs, for a mount point, or in a sticky directory. */
 function isDone(operation: () => void): boolean {
@@ -4829,10 +4475,7 @@ function publish(root: string, entries: Extracted["entries"], settings: Settings
   perform(root, { dest, steps: planSteps(entries, settings) });
 }
 
-/**
- * Directories come first, wheels next, text files last: readers of the constraints rely on the wheels. A directory that
- * DEST does not have is put as a whole.
- */
+/** Directories come first, wheels next, text files last: readers of the constraints rely on the wheels. */
 function planSteps(entries: Extracted["entries"], { dest, clean }: Settings): Journal["steps"] {
   const isEmpty = !fs.existsSync(dest);
   const names = clean && !isEmpty ? onDisk("read", dest, () => fs.readdirSync(dest)) : [];
@@ -4840,7 +4483,7 @@ function planSteps(entries: Extracted["entries"], { dest, clean }: Settings): Jo
   const steps: Journal["steps"] = old.map((path) => ({ action: "take", path }));
   if (isEmpty) steps.push({ action: "make", path: "" });
   const lookUp = clean || isEmpty ? () => undefined : directoryLookUp();
-  const whole = new Set<string>();
+  const whole = new Set<string>(); // directories that DEST does not have, which are put with all that is in them
   const rank = ([path, { kind }]: [string, TreeEntry]) => kind === "directory" ? 0 : path.endsWith(".txt") ? 2 : 1;
   for (const [path, { kind }] of [...entries].sort((a, b) => rank(a) - rank(b))) {
     const isCovered = whole.has(posix.dirname(path));
@@ -4940,25 +4583,17 @@ function moveEntry(from: string, to: string): void {
   }
 }
 
-/** A tarball as it is, in a file that appears when it is complete. A link stays a link, and its target is replaced. */
-function stagedFile(output: string, report: Report): Target {
-  const path = onDisk("use", output, () => fs.existsSync(output) ? fs.realpathSync(output) : output);
-  onDisk("write", path, () => fs.statSync(dirname(path))); // which is not created
-  const staging = new StagingDirectory([[dirname(path), basename(path)]], report);
-  const staged = join(staging.path, "new");
-  const receive = async (delivery: Delivery) => {
-    using file = onDisk("write", path, () => Deno.openSync(staged, { write: true, create: true, truncate: true }));
-    const received = await copyTarball(delivery, (chunk) => onDisk("write", path, () => writeAll(file, chunk)));
-    onDisk("publish", path, () => fs.renameSync(staged, path));
-    return received;
-  };
-  return { receive, [Symbol.dispose]: () => staging[Symbol.dispose]() };
+/** Writes a tarball as it is to a file that appears when it is complete. */
+async function receiveFile(delivery: Delivery, path: string, staged: string): Promise<Received> {
+  using file = onDisk("write", path, () => Deno.openSync(staged, { write: true, create: true, truncate: true }));
+  const received = await copyTarball(delivery, (chunk) => onDisk("write", path, () => writeAll(file, chunk)));
+  onDisk("publish", path, () => fs.renameSync(staged, path));
+  return received;
 }
 
 async function copyTarball({ parts, open }: Delivery, write: (chunk: Uint8Array) => unknown): Promise<Received> {
-  const [part] = parts;
-  if (part !== undefined) { for await (const chunk of open(part)) await write(chunk); }
-  return describeTree({ entries: new Map(), skipped: [] }, parts);
+  for (const part of parts) for await (const chunk of open(part)) await write(chunk);
+  return describeTree(parts);
 }
 
 /** Writes a tarball as it is to a stream, or to a device or a pipe, which is not replaced. */
@@ -5004,13 +4639,7 @@ export interface Io extends Pick<FetchWheelsOptions, "workerUrl" | "signal"> {
   every?(milliseconds: number, callback: () => void): Disposable;
 }
 
-/**
- * Runs the command line.
- *
- * @param args Arguments without the program's name
- * @param io The outside world
- * @returns The exit status
- */
+/** Runs the command line with these arguments, without the program's name, and returns the exit status. */
 export async function main(args: string[], io: Io): Promise<number> {
   const output = new Output(io);
   // Looked up by hand, because the command line may be what is wrong.
@@ -5081,25 +4710,21 @@ function describeCauses(error: unknown): string[] {
 
 /** Writes log lines to stderr and, on a terminal, a line of progress below them, which is redrawn on a timer. */
 class Output {
-  readonly #io: Io;
   #options: Partial<CommandOptions> = {};
   #timer: Disposable | undefined;
   #isDrawn = false;
-  #received = 0;
-  #total: number | undefined;
+  #progress: { received: number; total?: number } = { received: 0 };
   #files = 0;
   /** Times and amounts of the last seconds. */
   #samples: { at: number; received: number }[] = [];
 
-  constructor(io: Io) {
-    this.#io = io;
-  }
+  constructor(private readonly io: Io) {}
 
   /** Where no line can be redrawn, one is logged now and then, because CI systems end jobs that are silent. */
   beginProgress(options: CommandOptions): void {
     this.#options = options;
     if (options.quiet) return;
-    const { every = everyInterval } = this.#io;
+    const { every = everyInterval } = this.io;
     this.#samples = [{ at: performance.now(), received: 0 }];
     if (this.#columns() === 0) this.#timer = every(LOG_PROGRESS_MS, () => this.log(this.#progressLines()[0] ?? ""));
     else if (options.progress) this.#timer = every(REDRAW_MS, () => this.#draw());
@@ -5113,23 +4738,19 @@ class Output {
 
   log(text: string): void {
     this.#erase();
-    this.#io.stderr(`fetch_wheels: ${oneLine(text)}\n`);
+    this.io.stderr(`fetch_wheels: ${oneLine(text)}\n`);
   }
 
   report(event: ProgressEvent): void {
     if (event.type === "warning") this.log(`warning: ${event.message}`);
     else if (event.type === "extracted") this.#files = event.members;
-    else if (event.type === "bytes") {
-      this.#received = event.received;
-      this.#total = event.total;
-    } else if (this.#options.verbose || !this.#options.quiet && event.type !== "request") {
-      this.log(describeEvent(event));
-    }
+    else if (event.type === "bytes") this.#progress = event;
+    else if (this.#options.verbose || !this.#options.quiet && event.type !== "request") this.log(describeEvent(event));
   }
 
   /** Returns 0 if stderr is not a terminal that can redraw a line. */
   #columns(): number {
-    return this.#io.env("TERM") === "dumb" ? 0 : this.#io.columns?.() ?? 0;
+    return this.io.env("TERM") === "dumb" ? 0 : this.io.columns?.() ?? 0;
   }
 
   /** Draws the longest line that fits. The last column stays free, because some terminals wrap there. */
@@ -5140,23 +4761,23 @@ class Output {
     const shortest = lines.at(-1) ?? "";
     const line = [...lines.map((text) => `fetch_wheels: ${text}`), shortest].find(({ length }) => length <= width);
     this.#isDrawn = true;
-    this.#io.stderr(`\r${line ?? shortest.slice(0, width)}\x1b[K`);
+    this.io.stderr(`\r${line ?? shortest.slice(0, width)}\x1b[K`);
   }
 
   #erase(): void {
-    if (this.#isDrawn) this.#io.stderr("\r\x1b[K");
+    if (this.#isDrawn) this.io.stderr("\r\x1b[K");
     this.#isDrawn = false;
   }
 
   /** Describes the progress at decreasing lengths; percentage and time left stay. */
   #progressLines(): string[] {
-    if (this.#received === 0) return ["waiting for data"];
+    const { received, total = 0 } = this.#progress;
+    if (received === 0) return ["waiting for data"];
     const speed = this.#measureRate();
-    const total = this.#total ?? 0;
-    const percentage = total > 0 ? `${Math.floor(100 * Math.min(1, this.#received / total))} %` : "";
-    const amount = `${formatBytes(this.#received)}${total > 0 ? ` of ${formatBytes(total)}` : ""}`;
+    const percentage = total > 0 ? `${Math.floor(100 * Math.min(1, received / total))} %` : "";
+    const amount = `${formatBytes(received)}${total > 0 ? ` of ${formatBytes(total)}` : ""}`;
     const rate = `${formatBytes(speed)}/s`;
-    const seconds = Math.ceil(Math.max(0, total - this.#received) / speed);
+    const seconds = Math.ceil(Math.max(0, total - received) / speed);
     const duration = `${Math.floor(seconds / 60)}:${String(seconds % 60).padStart(2, "0")}`;
     const left = total === 0 ? "" : speed === 0 ? "stalled" : `${duration} left`;
     const choices = [
@@ -5170,11 +4791,12 @@ class Output {
 
   /** Returns the bytes per second over the last seconds; without data, the rate falls to zero. */
   #measureRate(): number {
+    const { received } = this.#progress;
     const at = performance.now();
-    this.#samples.push({ at, received: this.#received });
+    this.#samples.push({ at, received });
     while (this.#samples.length > 2 && at - (this.#samples[0]?.at ?? at) > RATE_MS) this.#samples.shift();
     const [first] = this.#samples;
-    return first === undefined || at === first.at ? 0 : (this.#received - first.received) / (at - first.at) * 1000;
+    return first === undefined || at === first.at ? 0 : (received - first.received) / (at - first.at) * 1000;
   }
 }
 
@@ -5190,10 +4812,8 @@ function describeEvent(event: Exclude<ProgressEvent, { type: "bytes" | "extracte
       const size = bytes === undefined ? undefined : plural(bytes, "byte");
       return `${method} ${url}: ${[status, size, range].filter((part) => part !== undefined).join(", ")}, ${ms} ms`;
     }
-    case "retry": {
-      const { reason, delayMs, attempt, retries } = event;
-      return `${reason}; retrying in ${(delayMs / 1000).toFixed(1)} s (${attempt}/${retries})`;
-    }
+    case "retry":
+      return `${event.reason}; retrying in ${(event.delayMs / 1000).toFixed(1)} s (${event.attempt}/${event.retries})`;
     case "resolved": {
       const { image, layers, platform } = event;
       const [layer] = layers;
@@ -5223,9 +4843,8 @@ function describeResult(result: FetchResult, { verbose }: CommandOptions): strin
   const lines = skipped.filter(({ reason }) => verbose || reason.startsWith(UNSUPPORTED))
     .map(({ path, reason }) => `skipped ${quote(path)}: ${reason}`);
   const wheels = files.filter(({ path }) => path.endsWith(".whl")).length;
-  const what = output === null
-    ? `${plural(wheels, "wheel")}, ${plural(files.length - wheels, "other file")}`
-    : "the tarball";
+  const counts = `${plural(wheels, "wheel")}, ${plural(files.length - wheels, "other file")}`;
+  const what = output === null ? counts : "the tarball";
   const where = dest ?? (output === "-" ? "stdout" : output);
   const origin = layers.length === 1 ? layers[0]?.digest : plural(layers.length, "layer");
   const from = layers.length === 0 ? "" : ` from ${origin}`;
@@ -5464,10 +5083,7 @@ function checkPermissions(source: string | undefined, options: CommandOptions, a
   const read = [...written, ...verifyKey, caFile, "path" in parsed ? parsed.path : undefined].filter(isPath);
   const urls = options.mirror.map(parseMirror);
   if (parsed.kind === "url") urls.push(parsed.url);
-  if (parsed.kind === "image") {
-    const { registry } = parsed.image;
-    urls.push(new URL(`${options.protocol === "http" ? "http" : "https"}://${registry === HUB ? HUB_HOST : registry}`));
-  }
+  if (parsed.kind === "image") urls.push(...baseUrls(parsed.image.registry, options.protocol ?? "detect").slice(0, 1));
   const hostAndPort = ({ hostname, port, protocol }: URL) => `${hostname}:${port || (protocol === "http:" ? 80 : 443)}`;
   const variables = /'(.*)'/.exec(PERMISSIONS)?.[1]?.split(",") ?? [];
   const descriptors: Deno.PermissionDescriptor[] = [
@@ -5534,7 +5150,7 @@ function isOlder(version: string, minimum: string): boolean {
   return padded(version) < padded(minimum);
 }
 
-if (isWorker()) {
+if ((globalThis as { name?: string }).name === WORKER_NAME) {
   await serveExtraction();
 } else if (import.meta.main) {
   if (isOlder(Deno.version.deno, MIN_DENO)) {

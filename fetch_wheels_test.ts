@@ -88,6 +88,7 @@ import {
 import { createHash, generateKeyPairSync, type KeyObject, randomBytes } from "node:crypto";
 import { lookup } from "node:dns/promises";
 import { dirname, join } from "node:path";
+import { setImmediate as nextTask } from "node:timers/promises";
 import { fileURLToPath } from "node:url";
 import { constants, crc32, deflateRawSync, zstdCompressSync } from "node:zlib";
 import { Random } from "./testing/fuzz.ts";
@@ -2156,6 +2157,7 @@ function simulateLink({ perConnection, total = Infinity }: { perConnection: numb
     const pull = async (controller: ReadableStreamDefaultController) => {
       await Promise.allSettled(outstanding);
       const { done, value } = await reader.read();
+      await nextTask(); // the consumer takes what has arrived before more arrives
       if (!done) {
         clock += value.length / Math.min(total, perConnection * open.size) * 1000;
         return controller.enqueue(value);
@@ -2185,28 +2187,53 @@ const RANGE = 3 << 20;
 
 Deno.test("a download uses as many connections as the link makes worthwhile", async (t) => {
   const { bytes } = largeLayer();
-  type Case = { link: Parameters<typeof simulateLink>[0]; connections?: number; most: number; consumerMs?: number };
+  type Case = {
+    link: Parameters<typeof simulateLink>[0];
+    connections?: number;
+    most: number;
+    /** How long the consumer takes for each chunk. */
+    consumerMs?: number;
+    /** How long it takes for one chunk, after the first one and so many requests. */
+    pause?: { requests: number; ms: number };
+  };
   const cases: Record<string, Case> = {
     "four on a link that limits each connection": { link: { perConnection: 20e6 }, most: 4 },
     "no more than --connections": { link: { perConnection: 20e6 }, connections: 2, most: 2 },
     "one with --connections 1": { link: { perConnection: 20e6 }, connections: 1, most: 1 },
     "one on a fast link": { link: { perConnection: 400e6 }, most: 1 },
     "one if the consumer is slower than the link": { link: { perConnection: 40e6 }, most: 1, consumerMs: 20 },
+    "four although the consumer is slow to start": {
+      link: { perConnection: 20e6 },
+      most: 4,
+      pause: { requests: 1, ms: 2000 },
+    },
+    "four although the consumer pauses after they are opened": {
+      link: { perConnection: 20e6 },
+      most: 4,
+      pause: { requests: 5, ms: 400 },
+    },
   };
-  await steps(t, cases, async ({ link, connections, most, consumerMs = 0 }) => {
+  await steps(t, cases, async ({ link, connections, most, consumerMs = 0, pause }) => {
     await using registry = startRegistry();
     serveLarge(registry);
     const { now, fetch, wait, most: mostOpen } = simulateLink(link);
     const chunks: Uint8Array[] = [];
+    let hasPaused = false;
     const write = (chunk: Uint8Array) => {
+      const isPause = pause !== undefined && !hasPaused && chunks.length > 0 &&
+        askedRanges(registry).length >= pause.requests;
+      hasPaused ||= isPause;
       chunks.push(chunk);
-      wait(consumerMs);
+      wait(isPause ? pause.ms : consumerMs);
     };
     await pull(registry, { connections, now, fetch, output: new WritableStream({ write }), delay: noRetry });
     assertSame(concat(...chunks), bytes);
     assert.equal(mostOpen(), most);
     if (most === 1) assert.deepEqual(askedRanges(registry), [undefined]);
-    else assertContiguous(askedRanges(registry), bytes.length);
+    else {
+      assertContiguous(askedRanges(registry), bytes.length);
+      assert(askedRanges(registry).slice(1).map(limits).every(([first, last]) => last - first < RANGE));
+    }
   });
   await t.step("sixteen, in steps", async () => {
     await using registry = startRegistry();
@@ -2226,6 +2253,15 @@ Deno.test("a download uses as many connections as the link makes worthwhile", as
     const [first, last] = limits(asked.at(-1));
     assert(last - first > RANGE, asked.join());
   });
+  await t.step("several are tried again after a pause", async () => {
+    await using registry = startRegistry();
+    serveLarge(registry);
+    const { now, fetch } = simulateLink({ perConnection: 4e6, total: 4e6 });
+    assertSame((await pull(registry, { now, fetch, delay: noRetry })).tarball, bytes);
+    const single = askedRanges(registry).slice(1).map(limits).filter(([first, last]) => last - first > RANGE);
+    const pauses = single.slice(1).map(([first], at) => (first - (single[at]?.[0] ?? 0)) / 4e6);
+    assert(pauses.length > 0 && pauses.every((seconds) => seconds > 5), `${pauses}`);
+  });
   await t.step("several from a server that throttles each connection", async () => {
     await using registry = startRegistry();
     serveLarge(registry);
@@ -2233,6 +2269,18 @@ Deno.test("a download uses as many connections as the link makes worthwhile", as
     assertSame((await pull(registry, { delay: noRetry })).tarball, bytes);
     assertContiguous(askedRanges(registry), bytes.length);
   });
+});
+
+Deno.test("a connection whose range has arrived takes another, before the consumer has read the first", async () => {
+  await using registry = startRegistry();
+  serveLarge(registry);
+  const { now, fetch } = simulateLink({ perConnection: 20e6 });
+  const blocked = Promise.withResolvers<void>();
+  const write = () => askedRanges(registry).length > 1 ? blocked.promise : undefined;
+  const pulling = pull(registry, { now, fetch, output: new WritableStream({ write }), delay: noRetry });
+  await waitFor(() => askedRanges(registry).length === 8);
+  blocked.resolve();
+  await pulling;
 });
 
 Deno.test("a download falls back to one connection if the server has no ranges", async (t) => {
@@ -3373,29 +3421,33 @@ Deno.test("a layer that is not what its descriptor says is refused, and DEST sta
 });
 
 Deno.test({
-  name: "a layer of 320 MiB needs less than 200 MiB of memory, on one connection or several",
+  name: "a layer of 320 MiB of noise or zeros needs little memory, on one connection or several",
   ignore: Deno.build.os !== "linux",
   async fn(t) {
-    // One member of gzip that holds a whole block of noise, stored, and is sent again and again.
-    const count = 320;
-    const size = 1 << 20;
-    const header = gzip(rawHeader({ name: "big.whl", size: count * size }));
-    const block = gzipStored(new Uint8Array(randomBytes(size)));
-    const end = gzip(new Uint8Array(1024));
-    const parts = [header, ...Array<Uint8Array>(count).fill(block), end];
-    const hash = createHash("sha256");
-    for (const part of parts) hash.update(part);
-    const digest = `sha256:${hash.digest("hex")}`;
-    const total = header.length + count * block.length + end.length;
-    const between = function* (first: number, last: number) {
-      let at = 0;
-      for (const part of parts) {
-        if (at <= last && at + part.length > first) yield part.subarray(Math.max(0, first - at), last + 1 - at);
-        at += part.length;
-      }
-    };
-    for (const connections of [1, 4]) {
-      await t.step(`connections: ${connections}`, async () => {
+    const noise = gzipStored(new Uint8Array(randomBytes(1 << 20)));
+    const cases: [name: string, block: Uint8Array, count: number, connections: number, limitMiB: number][] = [
+      ["noise, one connection", noise, 320, 1, 200],
+      ["noise, four connections", noise, 320, 4, 200],
+      ["zeros", gzip(new Uint8Array(160 << 20)), 2, 1, 110],
+    ];
+    for (const [name, block, count, connections, limitMiB] of cases) {
+      await t.step(name, async () => {
+        // One member of gzip, which is sent again and again.
+        const size = 320 << 20;
+        const header = gzip(rawHeader({ name: "big.whl", size }));
+        const end = gzip(new Uint8Array(1024));
+        const parts = [header, ...Array<Uint8Array>(count).fill(block), end];
+        const hash = createHash("sha256");
+        for (const part of parts) hash.update(part);
+        const digest = `sha256:${hash.digest("hex")}`;
+        const total = header.length + count * block.length + end.length;
+        const between = function* (first: number, last: number) {
+          let at = 0;
+          for (const part of parts) {
+            if (at <= last && at + part.length > first) yield part.subarray(Math.max(0, first - at), last + 1 - at);
+            at += part.length;
+          }
+        };
         await using registry = startRegistry({
           onRequest: (request, { path }) => {
             if (!path.includes(digest)) return undefined;
@@ -3422,9 +3474,9 @@ Deno.test({
         const { code, stdout, stderr } = await runDeno(["eval", script]);
         assert.equal(code, 0, stderr);
         const { files, peak } = JSON.parse(stdout);
-        assert.deepEqual(files, [{ path: "big.whl", size: count * size, digest: null }]);
+        assert.deepEqual(files, [{ path: "big.whl", size, digest: null }]);
         assert.equal(askedRanges(registry).length > 1, connections > 1);
-        assert(peak > 10 * 1024 && peak < 200 * 1024, `a peak of ${peak} KiB`);
+        assert(peak > 10 * 1024 && peak < limitMiB * 1024, `a peak of ${peak} KiB`);
       });
     }
   },
@@ -4505,6 +4557,50 @@ Deno.test("a zstd header that lies in two chunks is read in a worker, which free
   const workerUrl = new URL("fetch_wheels.ts", import.meta.url).href;
   const { files } = await fetchInTime(source, { dest: scratch.at("dest"), workerUrl });
   assert.deepEqual(files.map(({ size }) => size), [25 << 20]);
+});
+
+Deno.test("a layer that inflates to more than twice its size is decompressed before the worker", async (t) => {
+  // Together the parts are large enough for the worker.
+  const block = concat(noise(20_000), new Uint8Array(40_000));
+  const count = 1400;
+  const size = count * block.length;
+  const header = rawHeader({ name: "a.whl", size });
+  const end = new Uint8Array(1024 + 512 - size % 512);
+  const tar = [header, ...Array<Bytes>(count).fill(block), end];
+  const hash = createHash("sha256");
+  for (const part of tar.slice(1, -1)) hash.update(part);
+  const compressed = (compress: (part: Bytes) => Uint8Array) => {
+    return concat(compress(header), ...Array<Uint8Array>(count).fill(compress(block)), compress(end));
+  };
+  const [gzipped, zstandard] = [compressed(gzip), compressed(checked)];
+  // deno-fmt-ignore
+  const cases: [name: string, ending: "right" | `integrity${string}`, layer: Bytes][] = [
+    ["gzip", "right", gzipped],
+    ["zstd", "right", zstandard],
+    ["zstd with skippable frames", "right", compressed((part) => concat(zstd(part), SKIPPABLE))],
+    ["gzip that ends in the data", "integrity: end of file", cut(gzipped, 1000)],
+    ["gzip with a flipped bit in the data", "integrity", flip(gzipped, 500_000)],
+    ["gzip and garbage after it", "integrity", concat(gzipped, "garbage")],
+    ["zstd that ends in the checksum", "integrity: ends early", cut(zstandard, 1)],
+    ["zstd with a flipped bit in the data", "integrity", flip(zstandard, 500_000)],
+    ["gzip inside gzip", "integrity: not a tar archive", compressed((part) => gzip(gzipStored(part)))],
+  ];
+  for (const [name, ending, layer] of cases) {
+    await t.step(name, async () => {
+      using scratch = new Scratch();
+      const source = scratch.at("layer", layer);
+      if (ending !== "right") return await assertRefused(source, ending, { workerUrl: MODULE_URL });
+      let sent = 0;
+      using _ = stub(Worker.prototype, "postMessage", (original) =>
+        function (this: Worker, ...args: unknown[]) {
+          sent += (args[0] as { chunk?: Uint8Array }).chunk?.length ?? 0;
+          original.apply(this, args as Parameters<typeof original>);
+        });
+      await fetchInTime(source, { dest: scratch.at("dest"), workerUrl: MODULE_URL });
+      assert.equal(sent, header.length + size + end.length);
+      assert.deepEqual(snapshot(scratch.at("dest")), { "a.whl": `file 644 sha256:${hash.copy().digest("hex")}` });
+    });
+  }
 });
 
 Deno.test("a file in another format is refused with the names of file and format", async (t) => {
