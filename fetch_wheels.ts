@@ -45,7 +45,7 @@ import type { Agent } from "node:https";
 import * as net from "node:net";
 import { basename, dirname, join, posix, resolve as resolvePath } from "node:path";
 import process from "node:process";
-import { setTimeout as sleep } from "node:timers/promises";
+import { setImmediate as nextTask, setTimeout as sleep } from "node:timers/promises";
 import type { ConnectionOptions, TLSSocket } from "node:tls";
 import { Command, CommanderError, Option } from "npm:commander@^15.1.0";
 import { Gunzip, ZstdDecompress } from "npm:minizlib@^3.1.0";
@@ -92,9 +92,10 @@ const FAST_BYTES_PER_SECOND = 250e6; // such a connection keeps verification and
 const WORTHWHILE_GAIN = 1.25; // more connections must raise the total rate by this factor, or they are given up
 
 const INFLATED_BYTES = 256 * 1024; // the decoder's output buffers, and reads from a disk
-const DEFLATED_BYTES = 128 * 1024; // the decoder's input, all of which it decodes at once
+const DEFLATED_BYTES = 64 * 1024; // the decoder's input, all of which it decodes at once
 const DENSE_BYTES = 16 * 1024; // the same of data that inflates to many times its size: a thousand times is possible
 const DENSE_FACTOR = 16;
+const INTERRUPTIBLE_BYTES = 64 * 1024 * 1024; // decoded without a look at signals and messages
 const SAMPLE_BYTES = 128 * 1024; // at the beginning of a layer, which show how much it inflates
 const TAR_BLOCK_BYTES = 512;
 const MAX_EXTENSION_BYTES = 1024 * 1024; // of an extension header, with names and attributes; as in Go
@@ -256,19 +257,23 @@ type Report = (event: ProgressEvent) => void;
 
 /** Options of `fetchWheels`; the command line's under the names of the field. */
 export interface FetchWheelsOptions {
-  /** Directory that receives the files. @default {"/tmp/wheels"} */
+  /** Directory that receives the files.
+   * @default {"/tmp/wheels"} */
   dest?: string;
   /** Write the tarball as it is to this file or stream instead of extracting it. */
   output?: string | WritableStream<Uint8Array>;
-  /** Layers to extract, base first: a position (1 is the base), `last`, a digest, or `all`. @default {["last"]} */
+  /** Layers to extract, base first: a position (1 is the base), `last`, a digest, or `all`.
+   * @default {["last"]} */
   layers?: string[];
   /** Globs of members to extract, matched against paths and names. Without any, all are extracted. */
   include?: string[];
   /** Globs of members to skip, besides hidden ones; a directory stands for everything below it. */
   exclude?: string[];
-  /** How many leading components of each path to drop. @default {0} */
+  /** How many leading components of each path to drop.
+   * @default {0} */
   stripComponents?: number;
-  /** Replace DEST instead of adding to it. @default {false} */
+  /** Replace DEST instead of adding to it.
+   * @default {false} */
   clean?: boolean;
   /** Project whose `NAME===…` is dropped from `upper-constraints.txt`. */
   unpin?: string;
@@ -276,11 +281,14 @@ export interface FetchWheelsOptions {
   list?: boolean;
   /** Only resolve the source; download no layer. */
   dryRun?: boolean;
-  /** `OS/ARCH[/VARIANT]` to choose from an index. @default {`linux/` and the host's architecture} */
+  /** `OS/ARCH[/VARIANT]` to choose from an index.
+   * @default {`linux/` and the host's architecture} */
   platform?: string;
-  /** Protocol of the registry; `detect` tries https first, and plain http for local names only. @default {"detect"} */
+  /** Protocol of the registry; `detect` tries https first, and plain http for local names only.
+   * @default {"detect"} */
   protocol?: "http" | "https" | "detect";
-  /** Accept any certificate. @default {false} */
+  /** Accept any certificate.
+   * @default {false} */
   insecure?: boolean;
   /** File of PEM certificates to trust besides the usual ones. */
   caFile?: string;
@@ -290,15 +298,19 @@ export interface FetchWheelsOptions {
   password?: string;
   /** Docker configuration as JSON text, which is asked before `authFiles`. */
   authConfig?: string;
-  /** Docker's `config.json` and podman's `auth.json`, in order; read only if the registry challenges. @default {[]} */
+  /** Docker's `config.json` and podman's `auth.json`, in order; read only if the registry challenges.
+   * @default {[]} */
   authFiles?: string[];
   /** PEM files of public keys, one of which must have signed the image. */
   verifyKeys?: string[];
-  /** How often a request is retried after a transient failure. @default {5} */
+  /** How often a request is retried after a transient failure.
+   * @default {5} */
   retries?: number;
-  /** Seconds without a byte after which a connection is given up. @default {30} */
+  /** Seconds without a byte after which a connection is given up.
+   * @default {30} */
   timeout?: number;
-  /** How many connections may download at once, 1 to 16. @default {4} */
+  /** How many connections may download at once, 1 to 16.
+   * @default {4} */
   connections?: number;
   /** Base URLs of mirrors, which are asked first and never see the registry's credentials. */
   mirrors?: string[];
@@ -621,7 +633,7 @@ async function readAll(bytes: AsyncIterable<Uint8Array>, limit: number): Promise
   for await (const chunk of bytes) {
     size += chunk.length;
     if (size > limit) return undefined;
-    chunks.push(chunk.slice());
+    chunks.push(new Uint8Array(chunk));
   }
   return Buffer.concat(chunks);
 }
@@ -2180,7 +2192,7 @@ class BlobDownload {
       const to = wanted === 1 ? this.#size : Math.min(this.#next + RANGE_BYTES, this.#size);
       const span = { at: this.#next, to, hasBytes: false, hasEnded: false };
       this.#next = to;
-      this.#spans.push({ span, chunks: prefetch(this.#read(span), RANGE_BYTES) });
+      this.#spans.push({ span, chunks: prefetch(this.#read(span), RANGE_BYTES + 1) });
     }
   }
 
@@ -2599,7 +2611,7 @@ function indexArchive(path: string): MemberOpener {
     if (isPlain) return yield* readFile(path, entry);
     for await (const { offset, read } of tarMembers(decompress(readFile(path), path), path)) {
       if (offset !== entry.offset) continue;
-      for (let chunk = await read(); chunk !== undefined; chunk = await read()) yield chunk.slice();
+      for (let chunk = await read(); chunk !== undefined; chunk = await read()) yield new Uint8Array(chunk);
       return;
     }
   };
@@ -3375,7 +3387,10 @@ async function* decompress(bytes: Bytes, name: string): Bytes {
 async function inflationOf(head: Uint8Array): Promise<number> {
   let size = 0;
   try {
-    for await (const chunk of decompress(ReadableStream.from([head]), "")) size += chunk.length;
+    for await (const chunk of decompress(ReadableStream.from([head]), "")) {
+      size += chunk.length;
+      if (size > TEXT_FACTOR * head.length) break; // it may go on for gigabytes
+    }
   } catch {
     // It is cut short. What else may be wrong with it will show when all of it is decoded.
   }
@@ -3395,8 +3410,8 @@ async function* inflate(decoder: Gunzip | ZstdDecompress, pieces: Bytes, fail: (
   };
   async function* drained(): Bytes {
     for (const chunk of ready.splice(0)) {
-      // A buffer that is not full is one that the decoder goes on to fill.
-      const own = chunk.byteLength === chunk.buffer.byteLength ? chunk : chunk.slice();
+      // A buffer that is not full may be one that the decoder goes on to fill.
+      const own = chunk.byteLength === chunk.buffer.byteLength ? chunk : new Uint8Array(chunk);
       yield own;
       // Freed at once: the garbage collector would take its time, and memory that was just used is faster.
       if (!own.buffer.detached) own.buffer.transfer(0);
@@ -3404,6 +3419,7 @@ async function* inflate(decoder: Gunzip | ZstdDecompress, pieces: Bytes, fail: (
   }
   try {
     let size = DENSE_BYTES;
+    let total = 0;
     for await (const piece of pieces) {
       for (let at = 0; at < piece.length;) {
         const part = piece.subarray(at, at + size);
@@ -3412,6 +3428,8 @@ async function* inflate(decoder: Gunzip | ZstdDecompress, pieces: Bytes, fail: (
         size = inflated > DENSE_FACTOR * part.length ? DENSE_BYTES : DEFLATED_BYTES;
         at += part.length;
         yield* drained();
+        total += inflated;
+        if (total % INTERRUPTIBLE_BYTES < inflated) await nextTask(); // or no signal would be seen before the next bytes
       }
     }
     run(() => decoder.end());
@@ -4038,16 +4056,28 @@ class WorkerTreeBuilder {
   }
 
   async extract(plan: ArchivePlan, bytes: Bytes): Promise<void> {
-    const reader = new ByteReader(bytes, () => integrityError("unused"));
-    const isText = await inflationOf(await reader.peek(SAMPLE_BYTES)) > TEXT_FACTOR;
-    const content = isText ? decompress(reader.rest(), plan.name) : reader.rest();
-    this.#call({ root: this.root, plan: { ...plan, isDecompressed: isText } });
+    const reader = new ByteReader(
+      interruptible(bytes, this.#failed.signal),
+      () => integrityError("the layer ends early"),
+    );
+    try {
+      const isText = await inflationOf(await reader.peek(SAMPLE_BYTES)) > TEXT_FACTOR;
+      this.#call({ root: this.root, plan: { ...plan, isDecompressed: isText } });
+      await this.#send(isText ? decompress(reader.rest(), plan.name) : reader.rest());
+      await this.#call("end of archive");
+    } finally {
+      reader.cancel();
+    }
+  }
+
+  async #send(bytes: Bytes): Promise<void> {
     const pending: { size: number; answer: Promise<unknown> }[] = [];
     let pendingBytes = 0;
-    for await (const chunk of interruptible(content, this.#failed.signal)) {
+    for await (const chunk of bytes) {
+      this.#failed.signal.throwIfAborted();
       // The buffer of a small part of it is not worth sending, and one that is shared cannot be handed over.
       const isOwn = chunk.buffer instanceof ArrayBuffer && chunk.byteLength > chunk.buffer.byteLength / 2;
-      const own = (isOwn ? chunk : chunk.slice()) as Uint8Array<ArrayBuffer>;
+      const own = (isOwn ? chunk : new Uint8Array(chunk)) as Uint8Array<ArrayBuffer>;
       const size = own.length;
       pending.push({ size, answer: this.#call({ chunk: own }, [own.buffer]) });
       pendingBytes += size;
@@ -4057,7 +4087,6 @@ class WorkerTreeBuilder {
         pendingBytes -= oldest?.size ?? pendingBytes;
       }
     }
-    await this.#call("end of archive");
   }
 
   async finish(): Promise<Extracted> {

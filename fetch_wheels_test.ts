@@ -2278,7 +2278,7 @@ Deno.test("a connection whose range has arrived takes another, before the consum
   const blocked = Promise.withResolvers<void>();
   const write = () => askedRanges(registry).length > 1 ? blocked.promise : undefined;
   const pulling = pull(registry, { now, fetch, output: new WritableStream({ write }), delay: noRetry });
-  await waitFor(() => askedRanges(registry).length === 8);
+  await waitFor(() => askedRanges(registry).length === 8); // two for each connection
   blocked.resolve();
   await pulling;
 });
@@ -3424,10 +3424,10 @@ Deno.test({
   name: "a layer of 320 MiB of noise or zeros needs little memory, on one connection or several",
   ignore: Deno.build.os !== "linux",
   async fn(t) {
-    const noise = gzipStored(new Uint8Array(randomBytes(1 << 20)));
+    const stored = gzipStored(new Uint8Array(randomBytes(1 << 20)));
     const cases: [name: string, block: Uint8Array, count: number, connections: number, limitMiB: number][] = [
-      ["noise, one connection", noise, 320, 1, 200],
-      ["noise, four connections", noise, 320, 4, 200],
+      ["noise, one connection", stored, 320, 1, 200],
+      ["noise, four connections", stored, 320, 4, 200],
       ["zeros", gzip(new Uint8Array(160 << 20)), 2, 1, 110],
     ];
     for (const [name, block, count, connections, limitMiB] of cases) {
@@ -4566,9 +4566,8 @@ Deno.test("a layer that inflates to more than twice its size is decompressed bef
   const size = count * block.length;
   const header = rawHeader({ name: "a.whl", size });
   const end = new Uint8Array(1024 + 512 - size % 512);
-  const tar = [header, ...Array<Bytes>(count).fill(block), end];
   const hash = createHash("sha256");
-  for (const part of tar.slice(1, -1)) hash.update(part);
+  for (let number = 0; number < count; number++) hash.update(block);
   const compressed = (compress: (part: Bytes) => Uint8Array) => {
     return concat(compress(header), ...Array<Uint8Array>(count).fill(compress(block)), compress(end));
   };
@@ -5564,7 +5563,7 @@ Deno.test("the staging directory of a live run is kept, and that of a dead one r
   }
 });
 
-/** Replaces a function of `Deno`, or a method of `Deno.FsFile`, until disposal. */
+/** Replaces a function of `Deno`, or a method of a class, until disposal. */
 function stub<T extends object, K extends keyof T>(target: T, name: K, make: (original: T[K]) => T[K]): Disposable {
   const original = target[name];
   target[name] = make(original);
