@@ -442,6 +442,7 @@ async function fetchOnce(parsed: Source, attempt: Attempt): Promise<FetchResult>
   const { source, settings, target } = attempt;
   const started = performance.now();
   const meter = new ByteMeter(settings.report);
+  attempt.client.meter = meter;
   const origin = openSource(parsed, attempt);
   const resolved = origin.store && await resolveImage(origin, settings);
   const verified = resolved ? await verifySignature(resolved, settings) : null;
@@ -568,6 +569,11 @@ function toPublicError(error: unknown, signal?: AbortSignal): unknown {
   if (signal?.aborted) return signal.reason;
   if (!(error instanceof Deno.errors.NotCapable)) return error;
   const flag = /--allow-[a-z]+/.exec(error.message)?.[0] ?? "the permission";
+  const [, path] = /Requires all access to "(.*?)"/.exec(error.message) ?? [];
+  if (path !== undefined) {
+    const hint = "choose another path; below /dev, /proc and /sys, Deno asks for all permissions";
+    return usageError(`Cannot use ${quote(path)}: Deno protects this path`, { hint, cause: error });
+  }
   const needed = error.message.split(/, run|\. Run/)[0] ?? error.message;
   return usageError(`Cannot continue without a permission: ${needed}`, { hint: `run deno with ${flag}`, cause: error });
 }
@@ -683,12 +689,23 @@ function prefetch(bytes: AsyncIterable<Uint8Array>, limit: number): ReadableStre
 class ByteMeter {
   total: number | undefined; // bytes expected in all; undefined if something does not say its size
   consumed = 0;
+  #ahead = 0; // bytes that have arrived, but wait for those before them
 
   constructor(private readonly report: Report) {}
 
+  /** Counts bytes that have arrived; a negative number takes them back when they are delivered or lost. */
+  arrived(bytes: number): void {
+    this.#ahead += bytes;
+    if (bytes > 0) this.#reportBytes();
+  }
+
   received(bytes: number): void {
     this.consumed += bytes;
-    this.report({ type: "bytes", received: this.consumed, total: this.total });
+    this.#reportBytes();
+  }
+
+  #reportBytes(): void {
+    this.report({ type: "bytes", received: this.consumed + this.#ahead, total: this.total });
   }
 
   extracted(members: number): void {
@@ -1133,11 +1150,13 @@ interface FailureDetails {
   isTransient?: boolean; // whether a retry may help, which is the default
   isCertificate?: boolean; // it was refused; plain http must not be tried then, as that is what an attacker wants
   waitMs?: number; // how long the server asked to wait
+  status?: number; // of the answer that asks for a retry
 }
 
 /** Sends requests: binds transport, timeout, retries, clock, signal and log once. Disposing closes connections. */
 class HttpClient implements Disposable {
   readonly #transport: Transport;
+  meter: ByteMeter | undefined; // of the bytes of blobs that arrive
 
   constructor(readonly settings: Settings) {
     this.#transport = new Transport(settings);
@@ -1155,7 +1174,7 @@ class HttpClient implements Disposable {
         if (!isTransientStatus(response.status)) return response;
         const waitMs = retryAfter(response.headers.get("retry-after"), this.settings.now());
         const { message } = await this.statusError(response, `Cannot fetch ${quote(displayUrl(response.url))}`);
-        throw new RequestError(message, { waitMs });
+        throw new RequestError(message, { waitMs, status: response.status });
       } catch (error) {
         await budget.spend(error);
       }
@@ -1746,6 +1765,7 @@ function isLoopback(hostname: string): boolean {
 }
 
 function readCertificates(file: string): string[] {
+  if (!fs.existsSync(file)) throw usageError(`Cannot use certificates in ${quote(file)}: no such file`);
   const text = onDisk("read", file, () => fs.readFileSync(file, "utf8"));
   const pattern = /-----BEGIN (?:TRUSTED )?CERTIFICATE-----[^-]*(?:-----END [A-Z ]*CERTIFICATE-----)?/g;
   const blocks = text.match(pattern) ?? [];
@@ -2132,6 +2152,11 @@ interface Span {
   to: number;
   hasBytes: boolean;
   hasEnded: boolean; // all of it has arrived; its connection is free
+  turn: PromiseWithResolvers<void>; // resolved when it is the first span
+}
+
+function newSpan(at: number, to: number): Span {
+  return { at, to, hasBytes: false, hasEnded: false, turn: Promise.withResolvers() };
 }
 
 /** Downloads one blob, not verified: resumes after each failure, and uses several connections if that is faster. */
@@ -2146,6 +2171,7 @@ class BlobDownload {
   #next = Infinity; // where the next span begins
   #location: URL | undefined; // where the registry redirected to; usable until its signature expires
   #validator: string | undefined; // strong entity tag, for `If-Range`
+  #ahead = 0; // bytes that have arrived, but have not been delivered
   #hasRanges = true; // false once the server has shown that it does not support ranges
   /** One connection until the server announces ranges, two until it has sent one: a proxy may not pass them on. */
   #maxConnections = 1;
@@ -2158,22 +2184,30 @@ class BlobDownload {
 
   async *bytes(from: number): AsyncGenerator<Uint8Array> {
     const { now } = this.http.settings;
-    const whole = { at: from, to: this.#size, hasBytes: false, hasEnded: false };
+    const whole = newSpan(from, this.#size);
     this.#spans.push({ span: whole, chunks: this.#read(whole) });
     try {
       for (let first = this.#spans[0]; first !== undefined; first = this.#spans[0]) {
         for await (const chunk of first.chunks) {
+          this.#countArrived(-chunk.length);
           const delivered = now();
           yield chunk;
           this.#pace.consumerMs += now() - delivered;
           this.#schedule(first.span);
         }
         this.#spans.shift();
+        this.#spans[0]?.span.turn.resolve();
         this.#schedule(first.span);
       }
     } finally {
       this.#stop.abort(); // ends the spans that run ahead
+      this.#countArrived(-this.#ahead);
     }
+  }
+
+  #countArrived(bytes: number): void {
+    this.#ahead += bytes;
+    this.http.meter?.arrived(bytes);
   }
 
   /** Starts what the pace allows: cuts the single stream short, and opens ranges behind it. */
@@ -2181,7 +2215,7 @@ class BlobDownload {
     const bytesLeft = this.#size - first.at;
     const running = this.#spans.filter(({ span }) => span.hasBytes && !span.hasEnded).length;
     const limit = this.#hasRanges && this.#size < Infinity ? this.#maxConnections : 1;
-    const wanted = Math.min(this.#pace.connections(running, bytesLeft), limit);
+    const wanted = Math.min(this.#pace.connections(running, bytesLeft), this.#pace.limit, limit);
     const isSingle = this.#spans.length === 1 && first.to === this.#size;
     if (isSingle && wanted > 1 && bytesLeft > PARALLEL_BYTES) {
       first.to = Math.min(first.at + Math.max(RANGE_BYTES, this.#pace.sampleBytes), this.#size);
@@ -2190,7 +2224,7 @@ class BlobDownload {
     const isFree = () => this.#spans.filter(({ span }) => !span.hasEnded).length < wanted;
     while (this.#next < this.#size && isFree() && this.#spans.length < MAX_WAITING * wanted) {
       const to = wanted === 1 ? this.#size : Math.min(this.#next + RANGE_BYTES, this.#size);
-      const span = { at: this.#next, to, hasBytes: false, hasEnded: false };
+      const span = newSpan(this.#next, to);
       this.#next = to;
       this.#spans.push({ span, chunks: prefetch(this.#read(span), RANGE_BYTES + 1) });
     }
@@ -2201,6 +2235,7 @@ class BlobDownload {
     const { settings } = this.http;
     const retries = this.options.isMirror ? 0 : settings.retries;
     const budget = new RetryBudget({ ...settings, retries, signal: this.#signal }, this.#total);
+    const noRetries = new RetryBudget({ ...settings, retries: 0, signal: this.#signal });
     using _ = {
       [Symbol.dispose]: () => {
         span.hasEnded = true;
@@ -2210,7 +2245,8 @@ class BlobDownload {
     };
     while (span.at < span.to) {
       try {
-        const { response, start } = await this.#open(span, budget);
+        const isFirst = span === this.#spans[0]?.span;
+        const { response, start } = await this.#open(span, isFirst || span.hasBytes ? budget : noRetries);
         span.to = Math.min(span.to, this.#size);
         let skip = span.at - start;
         for await (const chunk of response.body()) {
@@ -2223,15 +2259,26 @@ class BlobDownload {
           span.hasBytes = true;
           budget.progress();
           this.#pace.bytes += wanted.length;
+          this.#countArrived(wanted.length);
           yield wanted;
           if (span.at >= span.to && span.to < this.#size) break;
         }
         if (span.to === Infinity) return;
         if (span.at < span.to) throw this.#error(`the answer ended after ${span.at} of ${this.#size} bytes`);
       } catch (error) {
-        await budget.spend(error);
+        if (!this.#mayWait(span, error)) await budget.spend(error);
+        else await untilAborted(span.turn.promise, this.#signal);
       }
     }
+  }
+
+  /** A server may refuse further connections. Their spans wait until they are the first, and there will be no more. */
+  #mayWait(span: Span, error: unknown): boolean {
+    const isRefusal = error instanceof RequestError && error.details.status !== undefined;
+    if (!isRefusal || span.hasBytes || span === this.#spans[0]?.span || this.options.isMirror) return false;
+    const running = this.#spans.filter((other) => other.span.hasBytes && !other.span.hasEnded).length;
+    this.#pace.limit = Math.max(1, Math.min(this.#pace.limit, running));
+    return true;
   }
 
   #error(state: string, details: FailureDetails = { kind: "integrity" }): RequestError {
@@ -2330,7 +2377,7 @@ class ConnectionPace {
   #isSettling = false;
   #pausedUntil = 0;
 
-  constructor(readonly limit: number, readonly now: () => number) {}
+  constructor(public limit: number, readonly now: () => number) {}
 
   /** Returns the number of connections for the bytes that are left; `running` spans have delivered some. */
   connections(running: number, bytesLeft: number): number {
