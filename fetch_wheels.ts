@@ -72,11 +72,11 @@ const MAX_REDIRECTS = 10;
 
 const MAX_MANIFEST_BYTES = 4 * 1024 * 1024; // the distribution specification lets registries refuse larger ones
 const MAX_TOKEN_BYTES = 1024 * 1024;
-const MAX_ERROR_BYTES = 64 * 1024; // of an error's body
+const MAX_ERROR_BYTES = 64 * 1024; // of the body of an error response
 const MAX_SHOWN = 300; // characters of a name in a message
 const MAX_INDEX_DEPTH = 5;
 const DEFAULT_TOKEN_SECONDS = 60; // of a token whose answer does not say, by the token specification
-const MAX_LINKS = 40; // as Linux: a path through more symbolic links is a loop
+const MAX_LINKS = 40; // as in Linux: a path through more symbolic links is a loop
 
 const READ_BYTES = 512 * 1024; // larger buffers cost page faults, smaller ones cost calls
 const RANGE_BYTES = 3 * 1024 * 1024; // memory is bounded by this times the ranges, which are MAX_WAITING for a connection
@@ -429,7 +429,7 @@ export async function fetchWheels(source: string, options: FetchWheelsOptions = 
   }
 }
 
-/** Wrong bytes may be a mirror's or the cache's fault. What a stream has received cannot be taken back. */
+/** Reports whether wrong bytes may come from a mirror or the cache. What a stream has received cannot be retracted. */
 function mayRefetch(error: unknown, { mirrors, cache, output, signal }: Settings): error is FetchWheelsError {
   const isIntegrity = error instanceof FetchWheelsError && error.kind === "integrity";
   return isIntegrity && !signal.aborted && (mirrors.length > 0 || cache !== undefined) && typeof output !== "object";
@@ -533,7 +533,7 @@ function isGranted(descriptor: Deno.PermissionDescriptor): boolean {
   return Deno.permissions.querySync(descriptor).state === "granted";
 }
 
-/** A variable that Deno may not read counts as not set. */
+/** Treats a variable that Deno may not read as not set. */
 function readEnvironment(name: string): string | undefined {
   return isGranted({ name: "env", variable: name }) ? Deno.env.get(name) : undefined;
 }
@@ -564,7 +564,7 @@ function unsafeError(member: string, state: string): FetchWheelsError {
   return new FetchWheelsError("unsafe", `Cannot extract ${quote(member)}: ${state}`, { hint });
 }
 
-/** Puts what Deno throws for a cancelled fetch and for missing permissions into this module's terms. */
+/** Converts what Deno throws for a canceled fetch and for missing permissions to this module's errors. */
 function toPublicError(error: unknown, signal?: AbortSignal): unknown {
   if (signal?.aborted) return signal.reason;
   if (!(error instanceof Deno.errors.NotCapable)) return error;
@@ -578,7 +578,7 @@ function toPublicError(error: unknown, signal?: AbortSignal): unknown {
   return usageError(`Cannot continue without a permission: ${needed}`, { hint: `run deno with ${flag}`, cause: error });
 }
 
-/** Quotes a text that an archive, a registry or a user gave, which may hold anything, and any amount of it. */
+/** Quotes untrusted text: escaped, shortened, and on one line. */
 function quote(text: string): string {
   return oneLine(JSON.stringify(text.length > MAX_SHOWN ? `${text.slice(0, MAX_SHOWN)}…` : text));
 }
@@ -644,9 +644,9 @@ async function readAll(bytes: AsyncIterable<Uint8Array>, limit: number): Promise
   return Buffer.concat(chunks);
 }
 
-/** Waits for a promise, but not longer than the signal allows. */
+/** Waits for a promise until the signal aborts. */
 async function untilAborted<T>(promise: Promise<T>, signal: AbortSignal): Promise<T> {
-  promise.catch(() => {}); // nobody waits for it if the signal has come already
+  promise.catch(() => {}); // not an unhandled rejection if the signal has aborted already
   signal.throwIfAborted();
   const aborted = Promise.withResolvers<never>();
   const onAbort = () => aborted.reject(signal.reason);
@@ -658,7 +658,7 @@ async function untilAborted<T>(promise: Promise<T>, signal: AbortSignal): Promis
   }
 }
 
-/** Passes chunks on until the signal comes, even if the source never yields another one. */
+/** Yields chunks until the signal aborts, even if the source never yields another one. */
 async function* interruptible(bytes: AsyncIterable<Uint8Array>, signal: AbortSignal): AsyncGenerator<Uint8Array> {
   const source = bytes[Symbol.asyncIterator]();
   try {
@@ -672,7 +672,7 @@ async function* interruptible(bytes: AsyncIterable<Uint8Array>, signal: AbortSig
   }
 }
 
-/** Reads ahead, up to `limit` bytes. Starts at once; leaving the iteration or cancelling gives the source up. */
+/** Reads ahead, up to `limit` bytes. Starts at once; ending the iteration or canceling abandons the source. */
 function prefetch(bytes: AsyncIterable<Uint8Array>, limit: number): ReadableStream<Uint8Array> {
   const source = bytes[Symbol.asyncIterator]();
   return new ReadableStream<Uint8Array>({
@@ -840,7 +840,8 @@ export function parseImageReference(text: string): ImageReference {
   if (text === "") throw fail("it is empty");
   if (/\s/.test(text)) throw fail("it contains white space");
   const scheme = /^[a-z][a-z0-9+.-]*:\/\//i.exec(text)?.[0];
-  if (scheme) throw fail("an image reference has no scheme", `remove "${scheme}"`);
+  const schemeHint = SCHEME_HINTS.find(([pattern]) => pattern.test(text))?.[1];
+  if (scheme) throw fail("an image reference has no scheme", schemeHint);
   const [name = "", digest, ...more] = text.split("@");
   if (more.length > 0) throw fail('it contains more than one "@"');
   if (digest !== undefined && !DIGEST.test(digest)) throw fail(DIGEST_RULE);
@@ -855,7 +856,7 @@ export function parseImageReference(text: string): ImageReference {
   const rest = isHost ? path.slice(first.length + 1) : path;
   const repository = isHub && rest !== "" && !rest.includes("/") ? `library/${rest}` : rest;
   if (repository === "") throw fail("the name of the repository is missing");
-  if (/[A-Z]/.test(repository)) throw fail("a repository name is lower case", `try ${lowered}`);
+  if (/[A-Z]/.test(repository)) throw fail("a repository name must be lower case", `try ${lowered}`);
   if (repository.length > 255) throw fail("a repository name has at most 255 characters");
   if (!REPOSITORY.test(repository)) throw fail(REPOSITORY_RULE);
   if (/^[0-9a-f]{64}$/.test(rest)) throw fail("a name of 64 hexadecimal digits would be taken for an image ID");
@@ -864,6 +865,12 @@ export function parseImageReference(text: string): ImageReference {
   if (digest !== undefined) reference.digest = digest;
   return reference;
 }
+
+const SCHEME_HINTS: [pattern: RegExp, hint: string][] = [
+  [/^https?:/i, "remove the scheme"],
+  [/^file:/i, "write the path alone"],
+  [/^/, "only http:// and https:// URLs are supported"],
+];
 
 function formatReference({ registry, repository, tag, digest }: ImageReference): string {
   return `${registry}${repository && `/${repository}`}${tag ? `:${tag}` : ""}${digest ? `@${digest}` : ""}`;
@@ -1478,7 +1485,7 @@ function connectionError(url: URL, { error, proxy }: { error: unknown; proxy?: U
   }
   const isHttpLikely = url.protocol === "https:" && /TLS$|refused$/.test(state);
   const isRegistry = url.pathname.startsWith("/v2/"); // elsewhere, the URL is the user's own
-  const hint = isRegistry ? HTTP_HINT : `if the server speaks plain http: http://${url.host}${url.pathname}`;
+  const hint = isRegistry ? HTTP_HINT : `if the server speaks plain http, use http://${url.host}${url.pathname}`;
   return requestError(url, state, { ...options, ...(isHttpLikely && { hint }), cause: error });
 }
 
@@ -1995,7 +2002,7 @@ class Authorizer {
     const bearer = this.#challenges.find(({ scheme, parameters }) => scheme === "bearer" && parameters.realm);
     if (bearer === undefined && !this.#challenges.some(({ scheme }) => scheme === "basic")) {
       const schemes = this.#challenges.map(({ scheme }) => scheme).join(", ") || "none";
-      throw this.#error(`the registry answered 401 and asked for neither Bearer nor Basic, but ${schemes}`);
+      throw this.#error(`the registry requires an unsupported authentication scheme: ${schemes}`);
     }
     const realm = bearer && this.#parseRealm(bearer.parameters.realm ?? "");
     const credentials = await this.options.credentials();
@@ -2004,14 +2011,14 @@ class Authorizer {
     const exposed = credentials && [base, realm ?? base].find(isExposed);
     if (exposed !== undefined) {
       const state = `no password is sent to ${displayUrl(exposed)} over plain http`;
-      throw this.#error(state, "if that is intended: --protocol http");
+      throw this.#error(state, "to allow it, pass --protocol http");
     }
     if (credentials !== undefined && "registryToken" in credentials) {
       this.header = `Bearer ${credentials.registryToken}`;
     } else if (realm !== undefined) {
       await this.#fetchToken(realm, bearer?.parameters ?? {});
     } else if (credentials === undefined) {
-      throw this.#error("the registry asks for a user name and a password", PASSWORD_HINT);
+      throw this.#error("the registry requires a user name and a password", PASSWORD_HINT);
     } else if (!("username" in credentials)) {
       throw this.#error("the registry does not accept an identity token", PASSWORD_HINT);
     } else {
@@ -2872,7 +2879,7 @@ async function resolveImage({ kind, image, store }: ImageOrigin, settings: Setti
   const platform = stated === undefined ? null : formatPlatform(stated);
   if (stated !== undefined && !isCompatible(stated, wanted)) {
     const message = `Cannot find ${formatPlatform(wanted)} in ${quote(name)}: the image is for ${platform}`;
-    throw notFoundError(message, { hint: `if that is what you want: --platform ${platform}` });
+    throw notFoundError(message, { hint: `to use it anyway, pass --platform ${platform}` });
   }
   const named = { digest: top.digest, mediaType: top.mediaType };
   return { image, name, store, named, manifest, platform, isSynthetic: kind === "docker-archive" };
@@ -2916,7 +2923,7 @@ function selectEntry(entries: Descriptor[], platform: Platform): Descriptor | un
     .sort((a, b) => level(b.offered) - level(a.offered))[0]?.entry;
 }
 
-/** Artifacts stand in an index beside the images that they are about. */
+/** Some entries of an index are artifacts about the images beside them. */
 function isImageEntry(entry: Descriptor): boolean {
   return isUsableEntry(entry) && isImageConfig(entry.artifactType);
 }
@@ -3370,7 +3377,7 @@ class ByteReader {
     for (let piece = await this.some(Infinity); piece !== undefined; piece = await this.some(Infinity)) yield piece;
   }
 
-  /** Reads to the end, so that whatever checks the source sees all of it. */
+  /** Reads to the end, so that checks on the source see all bytes. */
   async drain(): Promise<void> {
     while (await this.some(Infinity) !== undefined);
   }
@@ -3560,7 +3567,7 @@ const BODILESS_TYPES = "123456";
 type TarExtensions = Map<string, Uint8Array>;
 
 /**
- * Reads a tar archive (POSIX pax, ustar, GNU and v7 formats) member by member, without buffering any, modelled on Go's
+ * Reads a tar archive (POSIX pax, ustar, GNU and v7 formats) member by member, without buffering any, modeled on Go's
  * `archive/tar`. Skips what the caller does not read of a body. Ends only after the end marker and what follows that.
  * `name` is what the archive is called in messages; `seek` skips bytes of the source without reading them.
  */
@@ -3790,7 +3797,7 @@ type ArchiveMember =
   | { kind: "whiteout"; source: string; target: string; isOpaque: boolean }
   | { kind: "skipped"; source: string; reason: string };
 
-/** Yields the members of an archive. One that could lead outside condemns the archive, unless it is skipped. */
+/** Yields the members of an archive. An unsafe member rejects the whole archive, unless it is skipped. */
 async function* archiveMembers(bytes: Bytes, plan: ArchivePlan): AsyncGenerator<ArchiveMember> {
   const { name, directory, contentDigest: digest } = plan;
   const content = plan.isDecompressed ? bytes : decompress(bytes, name);
@@ -4294,7 +4301,7 @@ function toTarget(receive: Target["receive"], staging?: StagingDirectory): Targe
   return { receive, [Symbol.dispose]: () => staging?.[Symbol.dispose]() };
 }
 
-/** `--clean` must not take away more than a directory of wheels. */
+/** `--clean` must not remove more than a directory of wheels. */
 function assertCleanable(dest: string, home: string | undefined): void {
   const real = (path: string) => onDisk("use", path, () => fs.existsSync(path) ? fs.realpathSync(path) : path);
   const path = real(dest);
@@ -4307,7 +4314,7 @@ function assertCleanable(dest: string, home: string | undefined): void {
   throw new FetchWheelsError("unsafe", message, { hint: "choose another --dest" });
 }
 
-/** An image has been resolved by its manifest; of a tarball, the first bytes show that it exists. */
+/** The manifest of an image proves that it exists; for a tarball, its first bytes do. */
 async function previewOnly({ parts, open }: Delivery, { dest, clean, report }: Settings): Promise<Received> {
   for (const part of parts.filter(({ descriptor }) => descriptor === undefined)) {
     for await (const _ of open(part)) break;
@@ -4718,7 +4725,7 @@ export interface Io extends Pick<FetchWheelsOptions, "workerUrl" | "signal"> {
 /** Runs the command line with these arguments, without the program's name, and returns the exit status. */
 export async function main(args: string[], io: Io): Promise<number> {
   const output = new Output(io);
-  // Looked up by hand, because the command line may be what is wrong.
+  // Looked up by hand, because parsing the command line may be what fails.
   const isJson = args.includes("--json");
   const isVerbose = args.some((arg) => /^(?:-v|--verbose)$/.test(arg));
   let status = 0;
@@ -4742,6 +4749,7 @@ export async function main(args: string[], io: Io): Promise<number> {
     const code = errorCode(error) ?? "";
     if (code === "EPIPE" && !isJson) return status; // a reader such as `head` that has seen enough is not a failure
     output.log(`Cannot write "stdout": ${DISK_STATES[code] ?? (error as Error).message}`);
+    if (status === 0 && isJson) output.log("hint: only the JSON document was lost; everything else was done");
     return EXIT_CODES.io;
   }
 }
@@ -4796,7 +4804,7 @@ class Output {
 
   constructor(private readonly io: Io) {}
 
-  /** Where no line can be redrawn, one is logged now and then, because CI systems end jobs that are silent. */
+  /** If no line can be redrawn, logs one periodically, because CI systems end silent jobs. */
   beginProgress(options: CommandOptions): void {
     this.#options = options;
     if (options.quiet) return;
@@ -4946,7 +4954,7 @@ oci-archive:FILE[:TAG] or docker-archive:FILE. Without SOURCE, $WHEELS is used;
 without that, the first line of the wheels file.
 REGISTRY_USERNAME and REGISTRY_PASSWORD give credentials; without them, those
 of docker login and podman login are used. HTTPS_PROXY, HTTP_PROXY, ALL_PROXY
-and NO_PROXY are honoured. An option wins over its environment variable, and
+and NO_PROXY are honored. An option wins over its environment variable, and
 WHEELS_DEST over WHEELS_DIR.
 
 Examples:
@@ -4968,8 +4976,8 @@ function optionGroups(): Record<string, Option[]> {
   // deno-fmt-ignore -- a table: one option, one line
   return {
     "Source:": [
-      option("--platform <os/arch[/variant]>", "choose this from a multi-platform image"),
-      repeated("--layer <which>", "N (1 is the base), last, a digest, or all (repeatable)").default(undefined, "last"),
+      option("--platform <os/arch[/variant]>", "choose this from a multi-platform image (default: the host's)"),
+      repeated("--layer <which>", "N (1 is the base), last, a digest, or all (repeatable; default: last)"),
       option("--wheels-file <file>", "file that remembers the source").default(DEFAULT_WHEELS_FILE),
     ],
     "Destination:": [
@@ -4990,11 +4998,11 @@ function optionGroups(): Record<string, Option[]> {
       repeated("--verify-key <pem>", "require a signature by this key (repeatable) ($FETCH_WHEELS_VERIFY_KEY)").default([], "none"),
     ],
     "Network:": [
-      repeated("--mirror <url>", "ask this registry first (repeatable) ($REGISTRY_MIRROR)").default([], "none"),
+      repeated("--mirror <url>", "try this registry first (repeatable) ($REGISTRY_MIRROR)").default([], "none"),
       option("--cache <dir>", "keep and reuse blobs by digest ($FETCH_WHEELS_CACHE)"),
       number("--connections <n>", "maximum number of connections for a download").default(DEFAULT_CONNECTIONS),
       number("--retries <n>", "retries after a transient failure").default(DEFAULT_RETRIES),
-      number("--timeout <seconds>", "give up if no data arrives for so long").default(DEFAULT_TIMEOUT),
+      number("--timeout <seconds>", "give up if no data arrives for this long").default(DEFAULT_TIMEOUT),
     ],
     "Output:": [
       option("--list", "print sizes and paths; extract nothing"),
@@ -5012,7 +5020,9 @@ function readCommandLine(args: string[], io: Io): string | { source?: string; op
   let text = "";
   const command = new Command("fetch_wheels")
     .usage("[OPTIONS] [SOURCE]")
-    .description("Fetches the final layer of a container image and leaves its wheels in a directory.")
+    .description(
+      "Downloads the final layer of a container image, or an artifact, and leaves its wheels in a directory.",
+    )
     .argument("[source]", "image, URL or path")
     .allowExcessArguments() // checked below, in this program's words
     .version(`fetch_wheels ${VERSION}`, "-V, --version", "print the version")
@@ -5084,7 +5094,7 @@ function checkConflicts(command: Command, options: CommandOptions, io: Io): void
 function checkSource(source: string): void {
   if (!/^[^/.:@][^:@]*\.(?:tar|tgz|tar\.\w+|whl)$/.test(source)) return;
   if (!isGranted({ name: "read", path: source }) || !fs.existsSync(source)) return;
-  const message = `Cannot use source ${quote(source)}: it would be an image's name`;
+  const message = `Cannot use source ${quote(source)}: without "./" it is an image reference`;
   throw usageError(message, { hint: `for the file, write ./${source}` });
 }
 
@@ -5120,10 +5130,14 @@ function authFiles(io: Io): string[] {
   ].filter((file): file is string => file !== undefined && file !== "");
 }
 
-async function readPassword({ stdin, promptPassword, signal = new AbortController().signal }: Io): Promise<string> {
+async function readPassword(io: Io): Promise<string> {
+  const { stdin, stderr, promptPassword, signal = new AbortController().signal } = io;
   const password = promptPassword?.("Password: ") ??
     new Response(stdin as ReadableStream<Uint8Array<ArrayBuffer>>).text();
-  return await untilAborted(password, signal);
+  return await untilAborted(password, signal).catch((error) => {
+    if (promptPassword !== undefined) stderr("\n"); // the message must not follow the question
+    throw error;
+  });
 }
 
 function readWheelsFile(file: string): string {
@@ -5149,7 +5163,7 @@ const PERMISSIONS = "--allow-net --allow-read --allow-write --allow-env='WHEELS*
   "DOCKER_*,XDG_*,SSL_CERT_FILE,HOME,PATH,TERM,HTTPS_PROXY,HTTP_PROXY,ALL_PROXY,NO_PROXY,https_proxy,http_proxy," +
   "all_proxy,no_proxy'";
 
-/** Finds all missing permissions at once, before Deno asks for each of them. */
+/** Finds all missing permissions at once, before Deno prompts for each. */
 function checkPermissions(source: string | undefined, options: CommandOptions, args: string[]): void {
   const { list, dryRun, cache, caFile, verifyKey, wheelsFile, output, dest = DEFAULT_DEST } = options;
   const parsed = source === undefined ? { kind: "file" as const, path: wheelsFile } : parseSource(source);
@@ -5174,7 +5188,7 @@ function checkPermissions(source: string | undefined, options: CommandOptions, a
     /^[\w./:@=+,-]+$/.test(word) ? word : `'${word.replaceAll("'", "'\\''")}'`
   );
   const hint = `deno run ${PERMISSIONS} ${command.join(" ")}`;
-  throw usageError(`Deno does not allow what is needed: ${[...missing].join(", ")}`, { hint });
+  throw usageError(`missing Deno permissions: ${[...missing].join(", ")}`, { hint });
 }
 
 /** Reads a line from a terminal without showing it. */

@@ -6363,7 +6363,7 @@ Deno.test("output that nobody reads is an error, but not of a list", async (t) =
     [0, ["--list"], closed, /^(?!.*Cannot)/],
     [0, ["--help"], closed, /^$/],
     [8, ["--list"], full, /Cannot write "stdout": no space left on the disk\n$/],
-    [8, ["--json"], closed, /Cannot write "stdout": broken pipe\n$/],
+    [8, ["--json"], closed, /Cannot write "stdout": broken pipe\nfetch_wheels: hint: only the JSON .*\n$/],
     [8, ["--json", "--bogus"], closed, /Cannot write "stdout": broken pipe\n$/],
     [8, ["-o", "-"], closed, /Cannot write .*: broken pipe\n$/],
   ];
