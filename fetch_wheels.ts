@@ -108,6 +108,7 @@ const TEXT_FACTOR = 2; // of what inflates to more, decoding is the larger part 
 
 const LOCK_NAME = "lock";
 const JOURNAL_NAME = "journal";
+const LOCK_POLL_MS = 50;
 const YOUNG_MS = 60_000; // a staging directory as young as this may not have its lock yet
 const CONSTRAINTS = "upper-constraints.txt";
 
@@ -418,24 +419,37 @@ export async function fetchWheels(source: string, options: FetchWheelsOptions = 
     using client = new HttpClient(settings);
     // Opened before any request: an unusable disk is better known before half a gigabyte has been downloaded.
     using target = openTarget(settings);
-    const attempt = (isTrusting: boolean) => fetchOnce(parsed, { source, settings, client, target, isTrusting });
-    return await attempt(true).catch((error) => {
-      if (!mayRefetch(error, settings)) throw error;
-      settings.report({ type: "warning", message: `${error.message}; retrying without mirrors and cache` });
-      return attempt(false);
-    });
+    const senders = { mirrors: settings.mirrors, isFresh: false };
+    while (true) {
+      const suspects: Suspects = new Set();
+      try {
+        return await fetchOnce(parsed, { source, settings, client, target, ...senders, suspects });
+      } catch (error) {
+        if (suspects.size === 0 || !mayRefetch(error, settings)) throw error;
+        // Mirrors continue what the cache has, so the cache is suspected first.
+        const isCached = [...suspects].some((suspect) => typeof suspect === "string");
+        const skipped = isCached ? [] : senders.mirrors.filter((url) => suspects.has(url));
+        senders.mirrors = senders.mirrors.filter((url) => !skipped.includes(url));
+        senders.isFresh = true; // the cache may have the beginning of what a mirror sent
+        const without = isCached ? "the cache" : skipped.map((url) => `mirror ${displayOrigin(url)}`).join(" and ");
+        settings.report({ type: "warning", message: `${error.message}; retrying without ${without}` });
+      }
+    }
   } catch (error) {
     throw toPublicError(error, settings.signal);
   }
 }
 
-/** Reports whether wrong bytes may come from a mirror or the cache. What a stream has received cannot be retracted. */
-function mayRefetch(error: unknown, { mirrors, cache, output, signal }: Settings): error is FetchWheelsError {
+/** Reports whether others may have the right bytes. What a stream has received cannot be retracted. */
+function mayRefetch(error: unknown, { output, signal }: Settings): error is FetchWheelsError {
   const isIntegrity = error instanceof FetchWheelsError && error.kind === "integrity";
-  return isIntegrity && !signal.aborted && (mirrors.length > 0 || cache !== undefined) && typeof output !== "object";
+  return isIntegrity && !signal.aborted && typeof output !== "object";
 }
 
-/** What one attempt needs; `isTrusting` says whether mirrors and the cache may be asked. */
+/** What may have sent wrong bytes: mirrors, by their URLs, and the cache, by the digests of blobs that it had. */
+type Suspects = Set<URL | string>;
+
+/** What one attempt needs. */
 type Attempt = SourceOptions & { source: string; target: Target };
 
 async function fetchOnce(parsed: Source, attempt: Attempt): Promise<FetchResult> {
@@ -453,7 +467,8 @@ async function fetchOnce(parsed: Source, attempt: Attempt): Promise<FetchResult>
   meter.total = totalSize(parts);
 
   const open = (part: Part) => openPart(part, { origin, meter, signal: settings.signal });
-  const { files, skipped } = await target.receive({ parts, open, label: source, meter });
+  const label = parsed.kind === "url" ? displayUrl(parsed.url) : source;
+  const { files, skipped } = await target.receive({ parts, open, label, meter });
   warnOfUnusableWheels(files, layers, settings);
 
   const { dryRun, isPreview, dest } = settings;
@@ -540,7 +555,8 @@ function readEnvironment(name: string): string | undefined {
 
 function parseMirror(text: string): URL {
   if (/^https?:\/\//i.test(text) && URL.canParse(text)) return new URL(text);
-  const message = `Cannot use mirror ${quote(withoutSecrets(text))}: it is not an http(s) URL`;
+  const shown = withoutSecrets(text).replace(/^.*@/s, ""); // a password may come without a scheme
+  const message = `Cannot use mirror ${quote(shown)}: it is not an http(s) URL`;
   throw usageError(message, { hint: "an example is https://mirror.example:5000" });
 }
 
@@ -1480,8 +1496,10 @@ function connectionError(url: URL, { error, proxy }: { error: unknown; proxy?: U
   const known = CONNECTION_FAILURES.find(([pattern]) => pattern.test(words));
   const [, reason = "connection lost", options = {}] = known ?? [];
   const state = options.isCertificate ? `the certificate is not trusted (${reason})` : reason;
-  if (proxy !== undefined && !options.isCertificate) {
-    return requestError(url, `proxy ${displayOrigin(proxy)}: ${state}`, { ...options, hint: PROXY_HINT, cause: error });
+  // Other proxies than those of https have no certificate: then it is the server's.
+  if (proxy !== undefined && (!options.isCertificate || proxy.protocol === "https:")) {
+    const hint = options.isCertificate ? options.hint : PROXY_HINT;
+    return requestError(url, `proxy ${displayOrigin(proxy)}: ${state}`, { ...options, hint, cause: error });
   }
   const isHttpLikely = url.protocol === "https:" && /TLS$|refused$/.test(state);
   const isRegistry = url.pathname.startsWith("/v2/"); // elsewhere, the URL is the user's own
@@ -1559,6 +1577,9 @@ class Transport implements Disposable {
     const isMisrouted = proxy === undefined ? isFetchProxied : !proxy.protocol.startsWith("socks");
     const needsNode = insecure || isMisrouted || this.#pinned.has(url.origin);
     if (url.protocol === "https:" && needsNode) return await sendByNode(await this.#agentFor(exchange), exchange);
+    // Deno sends a proxy's user name and password only to a proxy of plain http.
+    const user = url.protocol === "http:" && proxy?.protocol === "https:" ? urlCredentials(proxy) : undefined;
+    if (user !== undefined) exchange.headers["proxy-authorization"] = basicAuthorization(user);
     return await sendByFetch(fetch, exchange, this.#clientFor(exchange));
   }
 
@@ -2453,7 +2474,15 @@ interface ImageStore {
 type Origin = ImageOrigin | { kind: "tarball"; store?: undefined; tarball: Part; bytes: Bytes };
 type ImageOrigin = { kind: ImageKind; image: ImageReference; store: ImageStore; tarball?: undefined };
 type ImageKind = "registry" | "layout" | "docker-archive";
-type SourceOptions = { settings: Settings; client: HttpClient; isTrusting: boolean };
+
+/** `mirrors` are those to ask. `isFresh` says whether to ignore what the cache has, and to fetch it again. */
+interface SourceOptions {
+  settings: Settings;
+  client: HttpClient;
+  mirrors: URL[];
+  isFresh: boolean;
+  suspects: Suspects;
+}
 
 function openSource(source: Source, options: SourceOptions): Origin {
   if ((source.kind === "url" || source.kind === "file") && options.settings.verifyKeys.length > 0) {
@@ -2482,19 +2511,20 @@ function openSource(source: Source, options: SourceOptions): Origin {
 }
 
 /** Mirrors first, then the registry; before both the cache. */
-function openImageStore(image: ImageReference, { settings, client, isTrusting }: SourceOptions): ImageStore {
+function openImageStore(image: ImageReference, options: SourceOptions): ImageStore {
+  const { settings, client, isFresh, suspects } = options;
   const { connections, protocol, cache, report } = settings;
   const finder = new CredentialFinder(settings);
   const common = { image, protocol, connections };
   const bases = baseUrls(image.registry, protocol);
   const registry = new Registry(client, { ...common, bases, credentials: () => finder.find(image), isMirror: false });
-  const mirrors = (isTrusting ? settings.mirrors : []).map((url) => {
+  const mirrors = options.mirrors.map((url) => {
     const user = Promise.resolve(urlCredentials(url));
     const options = { ...common, bases: [withoutUser(url)], credentials: () => user, isMirror: true };
     return { url, store: new Registry(client, options) };
   });
-  const store = mirrors.length === 0 ? registry : withMirrors(mirrors, { registry, image, settings });
-  return cache === undefined ? store : withCache(store, { directory: cache, isFresh: !isTrusting, report });
+  const store = mirrors.length === 0 ? registry : withMirrors(mirrors, { registry, image, settings, suspects });
+  return cache === undefined ? store : withCache(store, { directory: cache, isFresh, report, suspects });
 }
 
 /** The Hub has a host of its own. Only hosts that are local are tried without TLS. */
@@ -2506,10 +2536,10 @@ function baseUrls(registry: string, protocol: Settings["protocol"]): URL[] {
 }
 
 type Mirror = { url: URL; store: ImageStore };
-type MirrorOptions = { registry: ImageStore; image: ImageReference; settings: Settings };
+type MirrorOptions = { registry: ImageStore; image: ImageReference; settings: Settings; suspects: Suspects };
 
 /** Asks the mirrors in order; each is left at its first failure, and in the end the registry is asked. */
-function withMirrors(mirrors: Mirror[], { registry, image, settings }: MirrorOptions): ImageStore {
+function withMirrors(mirrors: Mirror[], { registry, image, settings, suspects }: MirrorOptions): ImageStore {
   const usable = new Set(mirrors);
   const skip = (mirror: Mirror, error: unknown) => {
     settings.signal.throwIfAborted();
@@ -2521,7 +2551,9 @@ function withMirrors(mirrors: Mirror[], { registry, image, settings }: MirrorOpt
   const ask = async <T>(question: (store: ImageStore) => Promise<T>): Promise<T | undefined> => {
     for (const mirror of usable) {
       try {
-        return await question(mirror.store);
+        const answer = await question(mirror.store);
+        if (answer !== undefined) suspects.add(mirror.url);
+        return answer;
       } catch (error) {
         skip(mirror, error);
       }
@@ -2543,6 +2575,7 @@ function withMirrors(mirrors: Mirror[], { registry, image, settings }: MirrorOpt
         try {
           for await (const chunk of mirror.store.blob(descriptor, at)) {
             at += chunk.length;
+            suspects.add(mirror.url);
             yield chunk;
           }
           return;
@@ -2559,7 +2592,7 @@ function withMirrors(mirrors: Mirror[], { registry, image, settings }: MirrorOpt
 }
 
 /** `isFresh` says whether to ignore what is in the directory, and to fetch it again. */
-type CacheOptions = { directory: string; isFresh: boolean; report: Report };
+type CacheOptions = { directory: string; isFresh: boolean; report: Report; suspects: Suspects };
 
 /** Keeps blobs, laid out as the `blobs` of an OCI layout. A kept blob is verified like one from the network. */
 function withCache(store: ImageStore, options: CacheOptions): ImageStore {
@@ -2572,7 +2605,7 @@ function withCache(store: ImageStore, options: CacheOptions): ImageStore {
 
 /** Yields a cached blob, or what `FILE.part` has of it; fetches and keeps the rest. Cache faults are only warnings. */
 async function* throughCache(descriptor: Descriptor, store: ImageStore, options: CacheOptions): Bytes {
-  const { directory, isFresh, report } = options;
+  const { directory, isFresh, report, suspects } = options;
   const { digest, size } = descriptor;
   const file = join(directory, blobPath(digest));
   const path = `${file}.part`;
@@ -2590,7 +2623,10 @@ async function* throughCache(descriptor: Descriptor, store: ImageStore, options:
   const stat = isFresh ? undefined : attempt(() => statIfExists(file), null);
   if (stat?.isFile() && stat.size === (size ?? stat.size)) {
     report({ type: "cached", digest, size: stat.size });
-    return yield* readFile(file);
+    suspects.add(digest);
+    yield* readCached(file, stat.size, () => attempt(() => fs.rmSync(file, { force: true }), undefined));
+    if (size !== undefined) suspects.delete(digest); // else it is verified later
+    return;
   }
   if (stat) warn(`ignoring cached ${quote(file)}: its size is wrong`);
   using part = stat === null ? undefined : attempt(() => claimPartial(path), undefined);
@@ -2600,18 +2636,37 @@ async function* throughCache(descriptor: Descriptor, store: ImageStore, options:
   let isKept = true;
   let isComplete = false;
   try {
-    if (kept > 0) yield* readFile(path);
+    if (kept > 0) {
+      suspects.add(digest);
+      yield* readFile(path);
+    }
     for await (const chunk of store.blob(descriptor, kept)) {
       if (isKept) isKept = attempt(() => writeAll(part, chunk), false) !== false;
       yield chunk;
     }
     isComplete = true;
+    if (size !== undefined) suspects.delete(digest);
     attempt(() => part.syncSync(), undefined);
   } finally {
     // If the digest is wrong, the verification stops at the last byte instead of asking for the end.
     const isWrong = !isComplete && part.statSync().size >= (size ?? Infinity);
     if (!isKept || isWrong) attempt(() => fs.rmSync(path, { force: true }), undefined);
     else if (isComplete) attempt(() => fs.renameSync(path, file), undefined);
+  }
+}
+
+/** Yields a cached file. If the digest is wrong, the verification stops at the last byte, and the file is removed. */
+async function* readCached(file: string, size: number, remove: () => void): Bytes {
+  let left = size;
+  let isComplete = false;
+  try {
+    for await (const chunk of readFile(file)) {
+      left -= chunk.length;
+      yield chunk;
+    }
+    isComplete = true;
+  } finally {
+    if (!isComplete && left <= 0) remove();
   }
 }
 
@@ -2638,6 +2693,10 @@ function openMembers({ kind, path }: { kind: string; path: string }, text: strin
   const fail = (state: string) => notFoundError(`Cannot read ${quote(text)}: ${state}`);
   if (stat === undefined) throw fail("no such file or directory");
   if (stat.isDirectory() !== isDirectory) throw fail(isDirectory ? "it is not a directory" : "it is a directory");
+  if (!isDirectory && !stat.isFile()) {
+    const hint = "an image's archive is read more than once: save it to a file first";
+    throw usageError(`Cannot read ${quote(text)}: it is not a regular file`, { hint });
+  }
   if (!isDirectory) return indexArchive(path);
   return (name) => {
     fileSize(join(path, name)); // names a file that does not exist
@@ -4419,8 +4478,11 @@ class StagingDirectory implements Disposable {
       onDisk("create", this.path, () => {
         this.#made = fs.mkdirSync(directory, { recursive: true });
         Deno.mkdirSync(this.path);
-        this.#lock = Deno.openSync(join(this.path, LOCK_NAME), { read: true, write: true, createNew: true });
+        // Another run would take this one for dead if the file were not locked from the start.
+        const file = join(this.path, LOCK_NAME);
+        this.#lock = Deno.openSync(`${file}.new`, { read: true, write: true, createNew: true });
         tryLock(this.#lock);
+        fs.renameSync(`${file}.new`, file);
       });
       for (const place of places) this.#sweep(place);
     } catch (error) {
@@ -4461,7 +4523,8 @@ class StagingDirectory implements Disposable {
         const isDead = lock === null ? Date.now() - stat.mtimeMs > YOUNG_MS : tryLock(lock);
         if (!isDead) return;
         const journal = fs.existsSync(journalFile) ? parseJson(fs.readFileSync(journalFile)) : undefined;
-        if (journal !== undefined) undo(path, journal as Journal);
+        // DEST may have been moved or mounted elsewhere since.
+        if (journal !== undefined) undo(path, { dest: join(directory, name), steps: journal.steps });
         removeTree(path);
       });
     }
@@ -4493,7 +4556,7 @@ async function receiveTree(delivery: Delivery, root: string, settings: Settings)
   }
   const received = describeTree(delivery.parts, extracted);
   if (received.files.length === 0) throw noFileError(delivery, received.skipped.length, settings.filter);
-  settings.signal.throwIfAborted();
+  using _lock = await lockDest(settings);
   publish(root, extracted.entries, settings);
   return received;
 }
@@ -4550,6 +4613,30 @@ function isDone(operation: () => void): boolean {
   }
 }
 
+/**
+ * Waits until no other run publishes into DEST, because each plans its steps by what it finds there. Locks DEST, or its
+ * parent until DEST exists. Returns undefined if that cannot be locked, as on NFS, where a lock needs the right to write.
+ */
+async function lockDest({ dest, signal }: Settings): Promise<Deno.FsFile | undefined> {
+  while (true) {
+    signal.throwIfAborted();
+    const directory = fs.existsSync(dest) ? dest : dirname(dest);
+    let lock: Deno.FsFile | undefined;
+    let isLocked: boolean | undefined;
+    try {
+      lock = Deno.openSync(directory);
+      isLocked = tryLock(lock);
+    } catch {
+      lock?.close();
+      return undefined;
+    }
+    const isCurrent = fs.existsSync(dest) === (directory === dest); // it may have been created meanwhile
+    if (isLocked !== false && isCurrent) return lock;
+    lock.close();
+    if (isLocked === false) await sleep(LOCK_POLL_MS, undefined, { signal });
+  }
+}
+
 /** Moves a staged tree into DEST, completely or not at all: a new DEST with one rename, else entry by entry. */
 function publish(root: string, entries: Extracted["entries"], settings: Settings): void {
   const { dest } = settings;
@@ -4603,7 +4690,7 @@ function perform(root: string, journal: Journal): void {
   const file = join(root, JOURNAL_NAME);
   onDisk("write", root, () => {
     fs.mkdirSync(join(root, "old"), { recursive: true });
-    fs.writeFileSync(`${file}.new`, JSON.stringify(journal));
+    fs.writeFileSync(`${file}.new`, JSON.stringify({ steps: journal.steps }));
     fs.renameSync(`${file}.new`, file);
   });
   try {
@@ -5059,9 +5146,10 @@ function parseVariable(option: Option, text: string): unknown {
   return Array.isArray(option.defaultValue) ? text.trim().split(/\s+/) : text;
 }
 
-/** Puts commander's words into this program's. The value of an unknown option may be a secret. */
+/** Puts commander's words into this program's. The value of an unknown option, as in `-pVALUE`, may be a secret. */
 function commandLineError({ message }: CommanderError): FetchWheelsError {
-  const [words = "", suggestion] = message.replace(/^error: |=.*?(?='$|'\n)/g, "").replaceAll("'", '"').split("\n");
+  const named = message.replace(/^(error: unknown option '-[^-]).*?(?='$|'\n)/s, "$1");
+  const [words = "", suggestion] = named.replace(/^error: |=.*?(?='$|'\n)/g, "").replaceAll("'", '"').split("\n");
   return usageError(`Cannot parse the command line: ${words}`, { hint: suggestion?.replace(/^\(D(.*)\)$/, "d$1") });
 }
 

@@ -1334,6 +1334,30 @@ Deno.test("a proxy's user name and password are never printed, and an unusable p
   });
 });
 
+Deno.test("a proxy may speak https: its certificate is verified, and it gets the user name for http, too", async (t) => {
+  const tls = await makeSignedCertificate();
+  using scratch = new Scratch();
+  const trust = ["--ca-file", scratch.at("ca.pem", tls.ca)];
+  const seen: (string | null)[] = [];
+  await using server = Deno.serve({ ...tls, port: 0, hostname: "127.0.0.1", onListen: () => {} }, (request) => {
+    seen.push(request.headers.get("proxy-authorization"));
+    return answerImage(request);
+  });
+  const host = `127.0.0.1:${server.addr.port}`;
+  const given = { env: { HTTP_PROXY: `https://us%40r:p%25@${host}`, HTTPS_PROXY: `https://${host}` } };
+  await t.step("a registry of plain http", async () => {
+    await exits(0, [...trust, PUBLIC], given);
+    assert.deepEqual(new Set(seen), new Set([`Basic ${btoa("us@r:p%")}`]));
+  });
+  for (const protocol of ["http", "https"]) {
+    await t.step(`an untrusted certificate, for ${protocol}`, async () => {
+      const stderr = await exits(5, ["--protocol", protocol, PUBLIC], given);
+      assert(stderr.includes(`proxy https://${host}: the certificate is not trusted (`), stderr);
+      assert.match(stderr, /hint: .*--ca-file/);
+    });
+  }
+});
+
 Deno.test("NO_PROXY means the same on every code path", async (t) => {
   const table: [value: string, host: string, isDirect: boolean][] = [
     ["", "registry.corp", false],
@@ -2792,6 +2816,21 @@ Deno.test("wrong bytes from a mirror are detected, and fetched again from the re
   }
 });
 
+Deno.test("after wrong bytes from a mirror, only the mirrors that sent something are left out", async () => {
+  await using wrong = serveImage({
+    onRequest: answerTo(LAYER_PATH, () => new Response(LAYER.map((byte) => byte ^ 1))),
+  });
+  await using right = serveImage();
+  await using registry = startRegistry();
+  using scratch = new Scratch();
+  const warnings: unknown[] = [];
+  const onProgress = (event: ProgressEvent) => void (event.type === "warning" && warnings.push(event.message));
+  await pull(registry, { mirrors: [wrong.url, right.url], output: scratch.at("out"), onProgress });
+  assert.match(warnings.join(), new RegExp(`^Cannot [^;]*; retrying without mirror ${wrong.url}$`));
+  assertSame(Deno.readFileSync(scratch.at("out")), LAYER);
+  assert.deepEqual(registry.requests, []);
+});
+
 /** A registry with a small layer, and a cache for it. */
 async function serveCached(scratch: Scratch) {
   const layer = gzip(await makeTar([{ name: "a.whl", data: NOISE }]));
@@ -2848,11 +2887,29 @@ Deno.test("a cached layer is not requested again, unless it is wrong", async (t)
     await t.step(`with a wrong entry: ${name}`, async () => {
       scratch.at(`cache/${entry}`, bytes);
       const before = askedRanges(registry).length;
-      await fetch();
+      const [warning = ""] = await fetch({ mirrors: [registry.url] });
       assertKept();
       assert.equal(askedRanges(registry).length, before + 1);
+      assert.match(warning, bytes.length === layer.length ? /; retrying without the cache$/ : /its size is wrong$/);
     });
   }
+  await t.step("with a wrong entry, to a stream, in two runs", async () => {
+    scratch.at(`cache/${entry}`, flipped);
+    const args = ["--protocol", "http", "--cache", scratch.at("cache"), "-o", "-", cached.reference];
+    assert.equal((await run(args)).code, 6);
+    assertSame((await run(args)).bytes, layer);
+    assertKept();
+  });
+  await t.step("with a run that ends before it has read all", async () => {
+    const source = serveLayer(registry, LARGE_NOISE);
+    const options = { cache: scratch.at("cache-large") };
+    await pull(source, options);
+    const output = new WritableStream({ write: () => Promise.reject(systemError("ENOSPC")) });
+    await assertFails(pull(source, { ...options, output }), "io");
+    await nextTask(); // lets the generators end
+    await pull(source, options);
+    assert.equal(paths(registry, sha256(LARGE_NOISE)).length, 1);
+  });
   await t.step("by its sha512", async () => {
     const digest = sha512(layer);
     const source = serveLayer(registry, layer, { digest });
@@ -2982,6 +3039,7 @@ Deno.test("a URL's password and query are sent to its own server only, and never
       return new Response(null, { status: 307, headers: { location: "../layer.tar.gz" } });
     }
     if (pathname === "/layer.tar.gz") return new Response(layer);
+    if (pathname === "/empty.tar") return new Response(tarOf());
     return new Response("gone", { status: pathname === "/failing" ? 500 : 404 });
   });
   const at = (path: string) => `http://user:pa%20ss@127.0.0.1:${site.addr.port}${path}`;
@@ -3000,7 +3058,9 @@ Deno.test("a URL's password and query are sent to its own server only, and never
       assert.equal(seen.length, path.includes("moved") ? 2 : 1);
     });
   }
-  for (const [path, code] of [["/gone?sig=S3CRET", 3], ["/failing?sig=S3CRET", 5]] as const) {
+  for (
+    const [path, code] of [["/gone?sig=S3CRET", 3], ["/empty.tar?sig=S3CRET", 3], ["/failing?sig=S3CRET", 5]] as const
+  ) {
     await t.step(path, async () => {
       using scratch = new Scratch();
       const result = await run(["-v", "--retries", "0", "-d", scratch.at("dest"), at(path)]);
@@ -5157,6 +5217,17 @@ Deno.test("an archive that is damaged in or after a skipped member is refused", 
   }
 });
 
+Deno.test("a pipe or a device is refused as an image archive", async (t) => {
+  using scratch = new Scratch();
+  assert(new Deno.Command("mkfifo", { args: [scratch.at("pipe")] }).outputSync().success);
+  for (const source of [`oci-archive:${scratch.at("pipe")}`, "docker-archive:/dev/null"]) {
+    await t.step(source, async () => {
+      const stderr = await exits(2, [source]);
+      assert.match(stderr, /: it is not a regular file\n.*hint: .*save it to a file first/);
+    });
+  }
+});
+
 Deno.test("an image archive is refused when it is damaged or when its links lead in a circle", async (t) => {
   using scratch = new Scratch();
   const tar = tarOf(regular("a.whl"));
@@ -5533,6 +5604,66 @@ Deno.test("two runs to one DEST at the same time both succeed", async () => {
   assert.deepEqual([...Deno.readDirSync(scratch.at("new"))].map(({ name }) => name), ["dest"]);
 });
 
+Deno.test("a run waits while another publishes into DEST, and a signal ends the wait", async (t) => {
+  for (const place of ["there", "absent"]) {
+    for (const end of ["unlock", "abort"] as const) {
+      await t.step(`${place}, ${end}`, async () => {
+        using scratch = new Scratch();
+        const source = scratch.at("layer.tar", layerOf("a.whl"));
+        if (place === "there") Deno.mkdirSync(scratch.at(place));
+        const before = snapshot(scratch.path);
+        using other = Deno.openSync(place === "there" ? scratch.at(place) : scratch.path);
+        other.lockSync(true);
+        const waiting = Promise.withResolvers<void>();
+        using _ = stub(Deno.FsFile.prototype, "tryLockSync", (tryLock) =>
+          function (this: Deno.FsFile, isExclusive) {
+            const isLocked = tryLock.call(this, isExclusive);
+            if (!isLocked && this.statSync().isDirectory) waiting.resolve();
+            return isLocked;
+          });
+        const controller = new AbortController();
+        const fetching = fetchWheels(source, { dest: scratch.at(place), signal: controller.signal });
+        await Promise.race([waiting.promise, fetching.then(() => assert.fail("it did not wait"))]);
+        if (end === "abort") {
+          controller.abort(new Error("enough"));
+          await assert.rejects(fetching, /enough/);
+          return assert.deepEqual(snapshot(scratch.path), before);
+        }
+        other.unlockSync();
+        await fetching;
+        assert.deepEqual(contents(scratch.at(place)), { "a.whl": "a.whl" });
+      });
+    }
+  }
+  await t.step("a directory that cannot be opened is not locked", async () => {
+    using scratch = new Scratch();
+    const source = scratch.at("layer.tar", layerOf("a.whl"));
+    const dest = scratch.at("dest");
+    let refused = 0;
+    using _ = stub(Deno, "openSync", (open) => (path, options) => {
+      if (path !== scratch.path) return open(path, options);
+      refused++;
+      throw systemError("EACCES");
+    });
+    await fetchWheels(source, { dest });
+    assert.equal(refused, 1);
+    assert.deepEqual(contents(dest), { "a.whl": "a.whl" });
+  });
+});
+
+Deno.test("the lock of a staging directory appears under its name only when it is locked", async () => {
+  using scratch = new Scratch();
+  const source = scratch.at("layer.tar", layerOf("a.whl"));
+  const names: (string | undefined)[] = [];
+  using _ = stub(Deno.FsFile.prototype, "tryLockSync", (tryLock) =>
+    function (this: Deno.FsFile, isExclusive) {
+      names.push(Object.keys(snapshot(scratch.path)).find((path) => path.includes("/lock")));
+      return tryLock.call(this, isExclusive);
+    });
+  await fetchWheels(source, { dest: scratch.at("dest") });
+  assert(names[0]?.endsWith("/lock.new") && names[1]?.endsWith("/lock"), names.join());
+});
+
 Deno.test("an abort stops a download, with its own reason, and leaves nothing", async () => {
   await using registry = startRegistry();
   const reference = serveLayer(registry, NOISE);
@@ -5682,7 +5813,9 @@ for (const [name, clean, isThere] of PUBLICATIONS) {
       Deno.removeSync(script);
       isKilled = signal === "SIGKILL";
       if (!isKilled) assert.equal(code, 0, new TextDecoder().decode(stderr));
-      await assertFails(fetchWheels(bad, { dest, clean }), "integrity");
+      Deno.renameSync(scratch.at("new"), scratch.at("moved"));
+      await assertFails(fetchWheels(bad, { dest: scratch.at("moved/dest"), clean }), "integrity");
+      Deno.renameSync(scratch.at("moved"), scratch.at("new"));
       if (isKilled) assert.deepEqual(snapshot(scratch.path), before, `killed after ${renames} renames`);
       else assert.deepEqual(contents(dest), expected);
     }
@@ -5695,18 +5828,18 @@ Deno.test({
   async fn() {
     using scratch = new Scratch();
     const staging = ".dest.fetch_wheels-1-0123abcd";
-    const journal = { dest: scratch.at("home"), steps: [{ action: "take", path: "authorized_keys" }] };
+    const journal = { steps: [{ action: "take", path: "authorized_keys" }] };
     scratch.at(`${staging}/old/0`, "evil");
     scratch.at(`${staging}/journal`, JSON.stringify(journal));
     scratch.at(`${staging}/lock`, "");
-    scratch.at("home/authorized_keys", "good");
+    scratch.at("dest/authorized_keys", "good");
     Deno.chownSync(scratch.at(staging), 1234, 1234);
     const before = snapshot(scratch.path);
     await assertFails(fetchWheels(scratch.at("none.tar"), { dest: scratch.at("dest") }), "not-found");
     assert.deepEqual(snapshot(scratch.path), before);
     Deno.chownSync(scratch.at(staging), Deno.uid(), Deno.gid()); // so that the test can fail: its own is followed
     await assertFails(fetchWheels(scratch.at("none.tar"), { dest: scratch.at("dest") }), "not-found");
-    assert.equal(Deno.readTextFileSync(scratch.at("home/authorized_keys")), "evil");
+    assert.equal(Deno.readTextFileSync(scratch.at("dest/authorized_keys")), "evil");
   },
 });
 
@@ -6204,6 +6337,7 @@ Deno.test("a usage error exits with 2 and says in two lines what is wrong and wh
     [["--dset", "x", "ns/name"], /"--dset"\n.*hint: did you mean --dest\?$/m],
     [["--pasword-stdin=S3CRET", "ns/name"], /unknown option "--pasword-stdin"$/m],
     [["-x", "ns/name"], /"-x"/],
+    [["-qpS3CRET'=S3CRET", "ns/name"], /unknown option "-p"$/m],
     [["ns/name", "ns/other"], /2 sources/],
     [["ns/name", "--dest"], /--dest/],
     [["--protocol", "ftp", "ns/name"], /--protocol "ftp": expected http, https or detect/],
@@ -6218,6 +6352,7 @@ Deno.test("a usage error exits with 2 and says in two lines what is wrong and wh
     [["--layer", "0", "ns/name"], /layer "0": expected a layer number \(1 is the base\), "last", "all" or a digest$/m],
     [["--platform", "linux", "ns/name"], /"linux"/],
     [["--mirror", "cache.lan", "ns/name"], /"cache.lan".*\n.*https:/],
+    [["--mirror", "user:S3CRET@cache.lan", "ns/name"], /"cache.lan"/],
     [["--password-stdin", "ns/name"], /--password-stdin without --username/],
     [["--username", "u", "ns/name"], /password/],
     [["ns/name"], /user name/, { REGISTRY_PASSWORD: "S3CRET" }],
