@@ -468,8 +468,12 @@ async function fetchOnce(parsed: Source, attempt: Attempt): Promise<FetchResult>
 
   const open = (part: Part) => openPart(part, { origin, meter, signal: settings.signal });
   const label = parsed.kind === "url" ? displayUrl(parsed.url) : source;
-  const { files, skipped } = await target.receive({ parts, open, label, meter });
-  warnOfUnusableWheels(files, layers, settings);
+  const otherLayers = resolved && !isArtifactManifest(resolved.manifest)
+    ? resolved.manifest.layers.length - parts.length
+    : 0;
+  const delivery = { parts, otherLayers, open, label, meter };
+  const { files, skipped } = await target.receive(delivery);
+  warnOfUnusableWheels(files, delivery, settings);
 
   const { dryRun, isPreview, dest } = settings;
   const sizeOnceRead = dryRun || layers.length > 1 ? null : meter.consumed; // for schema 1, which does not say it
@@ -2462,8 +2466,8 @@ type ManifestAnswer = { body: Uint8Array; contentType?: string; digest?: string 
 
 /** Serves one image. What it returns is not verified yet. */
 interface ImageStore {
-  /** Returns a manifest or an index, by tag or digest. */
-  manifest(reference: string): Promise<ManifestAnswer>;
+  /** Returns a manifest or an index, by tag or digest; a mirror need not have those of signatures. */
+  manifest(reference: string, role?: "signature"): Promise<ManifestAnswer>;
   /** Yields a blob from an offset on, which is 0 except in a registry or a mirror. */
   blob(descriptor: Descriptor, offset: number): Bytes;
   /** Returns an index of the manifests that refer to this digest; undefined if the store does not have that. */
@@ -2502,7 +2506,7 @@ function openSource(source: Source, options: SourceOptions): Origin {
     default: {
       const { kind, path, tag } = source;
       const text = `${kind}:${path}${tag === undefined ? "" : `:${tag}`}`;
-      const image = { registry: text, repository: "", tag };
+      const image = { registry: `${kind}:${path}`, repository: "", tag };
       const open = openMembers(source, text);
       if (kind === "docker-archive") return { kind, image, store: dockerArchiveStore(open, text) };
       return { kind: "layout", image, store: layoutStore(open, text) };
@@ -2541,35 +2545,38 @@ type MirrorOptions = { registry: ImageStore; image: ImageReference; settings: Se
 /** Asks the mirrors in order; each is left at its first failure, and in the end the registry is asked. */
 function withMirrors(mirrors: Mirror[], { registry, image, settings, suspects }: MirrorOptions): ImageStore {
   const usable = new Set(mirrors);
-  const skip = (mirror: Mirror, error: unknown) => {
+  const skip = (mirror: Mirror, error: unknown, role?: "signature") => {
     settings.signal.throwIfAborted();
     if (!(error instanceof FetchWheelsError)) throw error;
+    if (role === "signature" && error.kind === "not-found") return;
     if (error instanceof RequestError || error.kind === "integrity") usable.delete(mirror);
     settings.report({ type: "warning", message: `skipping mirror ${displayOrigin(mirror.url)}: ${error.message}` });
   };
   /** Returns the first answer of a mirror, or undefined if there is none. */
-  const ask = async <T>(question: (store: ImageStore) => Promise<T>): Promise<T | undefined> => {
+  const ask = async <T>(question: (store: ImageStore) => Promise<T>, role?: "signature"): Promise<T | undefined> => {
     for (const mirror of usable) {
       try {
         const answer = await question(mirror.store);
-        if (answer !== undefined) suspects.add(mirror.url);
+        if (answer === undefined) continue;
+        suspects.add(mirror.url);
         return answer;
       } catch (error) {
-        skip(mirror, error);
+        skip(mirror, error, role);
       }
     }
     return undefined;
   };
   return {
-    async manifest(reference) {
+    async manifest(reference, role) {
       const answer = await ask(async (store) => {
         const manifest = await store.manifest(reference);
         readDocument(manifest, reference, image);
         return manifest;
-      });
+      }, role);
       return answer ?? await registry.manifest(reference);
     },
     async *blob(descriptor, offset) {
+      const role = isSignatureType(descriptor.mediaType) ? "signature" : undefined;
       let at = offset;
       for (const mirror of usable) {
         try {
@@ -2580,7 +2587,7 @@ function withMirrors(mirrors: Mirror[], { registry, image, settings, suspects }:
           }
           return;
         } catch (error) {
-          skip(mirror, error);
+          skip(mirror, error, role);
         }
       }
       yield* registry.blob(descriptor, at);
@@ -2597,7 +2604,7 @@ type CacheOptions = { directory: string; isFresh: boolean; report: Report; suspe
 /** Keeps blobs, laid out as the `blobs` of an OCI layout. A kept blob is verified like one from the network. */
 function withCache(store: ImageStore, options: CacheOptions): ImageStore {
   return {
-    manifest: (reference) => store.manifest(reference),
+    manifest: (reference, role) => store.manifest(reference, role),
     referrers: (digest) => store.referrers(digest),
     blob: (descriptor) => throughCache(descriptor, store, options),
   };
@@ -2762,13 +2769,17 @@ function layoutStore(open: MemberOpener, text: string): ImageStore {
     if (body === undefined) throw fail(`manifest ${digest} has more than ${MAX_MANIFEST_BYTES} bytes`);
     return body;
   };
-  // `oras cp -r` also lists the images of an index, and what refers to an image; cosign's tags hold signatures.
+  const isOfKind = ({ annotations }: Descriptor, kinds: string[]) =>
+    kinds.some((kind) => annotations?.kind === `dev.cosignproject.cosign/${kind}`);
+  // `oras cp -r` also lists the images of an index, and what refers to an image; cosign's tags hold signatures, and
+  // `cosign save` names the kinds of its entries.
   const readRoots = async (): Promise<Descriptor[]> => {
     const entries = await readIndex();
     const documents = await Promise.all(entries.map(async ({ digest }) => parseJson(await ifExists(readBlob(digest)))));
     const children = new Set(documents.flatMap((document) => document?.manifests ?? []).map((child) => child?.digest));
     const isRoot = ({ digest, annotations }: Descriptor, at: number) =>
       documents[at]?.subject === undefined && !children.has(digest) &&
+      !isOfKind({ digest, annotations }, ["sigs", "atts", "sboms"]) &&
       !/^sha(?:256|512)-/.test(String(annotations?.["org.opencontainers.image.ref.name"]));
     return entries.filter(isRoot);
   };
@@ -2776,7 +2787,9 @@ function layoutStore(open: MemberOpener, text: string): ImageStore {
     async manifest(reference) {
       if (DIGEST.test(reference)) return { body: await readBlob(reference) };
       const entries = reference === "" ? await readRoots() : await readIndex();
-      const { digest } = chooseFromLayout(entries, { text, tag: reference || undefined });
+      const signatures = reference.endsWith(".sig") ? entries.filter((entry) => isOfKind(entry, ["sigs"])) : [];
+      const [saved] = signatures.length === 1 ? signatures : [];
+      const { digest } = saved ?? chooseFromLayout(entries, { text, tag: reference || undefined });
       return { body: await readBlob(digest), digest };
     },
     blob: ({ digest }) => open(blobPath(digest)),
@@ -2916,7 +2929,7 @@ async function resolveImage({ kind, image, store }: ImageOrigin, settings: Setti
     const images = document.entries.filter(isImageEntry);
     const candidates = images.length > 0 ? images : document.entries.filter(isUsableEntry);
     for (const { platform = {}, artifactType, digest } of candidates) {
-      offered.add(formatPlatform(platform) || artifactType || digest);
+      offered.add(formatPlatform(platform) || `${digest}${artifactType === undefined ? "" : ` (${artifactType})`}`);
     }
     const chosen = selectEntry(candidates, wanted);
     // Indexes within an index need not name a platform; then each of them is searched.
@@ -2931,7 +2944,10 @@ async function resolveImage({ kind, image, store }: ImageOrigin, settings: Setti
   const manifest = await search(top, 0);
   if (manifest === undefined) {
     const list = offered.size === 0 ? "its index is empty" : `it has ${[...offered].join(", ")}`;
-    const hint = offered.size === 0 ? undefined : "choose one with --platform";
+    const byDigest = `use one of them as SOURCE: ${image.registry}/${image.repository}@DIGEST`;
+    const hasPlatforms = [...offered].some((text) => !/^sha\d+:/.test(text));
+    const isByDigest = kind === "registry" && offered.size > 0;
+    const hint = hasPlatforms ? "choose one with --platform" : isByDigest ? byDigest : undefined;
     throw notFoundError(`Cannot find ${formatPlatform(wanted)} in ${quote(name)}: ${list}`, { hint });
   }
   const stated = await statedPlatform(manifest, store);
@@ -3081,7 +3097,7 @@ interface Part {
   size?: number;
   /** Path of a file; other parts are archives. */
   path?: string;
-  /** Directory that every member of an artifact's archive must lie in; the archive was selected as a whole. */
+  /** Directory that every member of an artifact's archive must lie in. It was selected as a whole, unless it is "". */
   directory?: string;
   /** Digest of the archive before compression. */
   contentDigest?: string;
@@ -3102,8 +3118,7 @@ function layerInfo({ descriptor, index, name }: Part, { manifest }: ResolvedImag
 /** Chooses what to fetch: the final layer, the layers that the user wants, or an artifact's files. */
 async function selectParts(resolved: ResolvedImage, { layers, output, filter }: Settings): Promise<Part[]> {
   const { manifest, name } = resolved;
-  const isArtifact = !isImageConfig(manifest.config?.mediaType) || !isImageConfig(manifest.artifactType) ||
-    manifest.layers.some((layer) => titleOf(layer) !== undefined);
+  const isArtifact = isArtifactManifest(manifest);
   const isDefault = layers.length === 1 && layers[0] === "last";
   const wanted = isArtifact && isDefault ? ["all"] : layers;
   const positions = new Set(wanted.flatMap((layer) => layerPositions(layer, resolved)));
@@ -3118,6 +3133,11 @@ async function selectParts(resolved: ResolvedImage, { layers, output, filter }: 
   const count = plural(selected.length, isArtifact ? "file" : "layer");
   const hint = `select one with ${isArtifact ? "--include" : "--layer"}`;
   throw usageError(`Cannot use ${option} with ${count} of ${quote(name)}`, { hint });
+}
+
+function isArtifactManifest({ config, artifactType, layers }: Manifest): boolean {
+  return !isImageConfig(config?.mediaType) || !isImageConfig(artifactType) ||
+    layers.some((layer) => titleOf(layer) !== undefined);
 }
 
 function layerPositions(wanted: string, { manifest: { layers }, name }: ResolvedImage): number[] {
@@ -3151,8 +3171,10 @@ async function artifactParts(layers: Part[], resolved: ResolvedImage, filter: Fi
     const title = part.descriptor && titleOf(part.descriptor);
     if (title === undefined) {
       if (!TAR_TYPE.test(mediaType)) {
-        const types = [...new Set(manifest.layers.map(({ mediaType = "unknown" }) => mediaType))].join(", ");
-        throw notFoundError(`Cannot fetch ${quote(name)}: it has no file with a title and no archive, but ${types}`);
+        const layer = `layer ${part.index} of ${manifest.layers.length}`;
+        const state = `${layer} has no title, and its type ${quote(mediaType)} is not an archive`;
+        const hint = manifest.layers.length > 1 ? "choose another layer with --layer" : undefined;
+        throw notFoundError(`Cannot fetch ${quote(name)}: ${state}`, { hint });
       }
       parts.push(part);
       continue;
@@ -3160,12 +3182,15 @@ async function artifactParts(layers: Part[], resolved: ResolvedImage, filter: Fi
     const fail = (state: string) => integrityError(`Cannot fetch file ${quote(title)} of ${quote(name)}: ${state}`);
     const source = cleanPath(title);
     if (title.includes("\0")) throw fail("its title contains NUL");
-    if (isOutside(source)) throw unsafeError(title, 'its title contains ".."');
-    if (source === "") throw fail("its title is empty");
+    if (isOutside(source)) {
+      throw new FetchWheelsError("unsafe", `Cannot extract ${quote(title)}: its title contains ".."`);
+    }
     if (titles.has(source)) throw fail("two layers have this title");
     titles.add(source);
     const isPacked = annotations["io.deis.oras.content.unpack"] === "true";
-    const { path, reason } = select(source);
+    const isRoot = source === ""; // `oras push REFERENCE ./`, whose title is "."
+    if (isRoot && !isPacked) throw fail("its title is empty");
+    const { path, reason } = isRoot ? { path: source } : select(source);
     if (reason !== undefined && !(isPacked && reason === TOO_SHORT)) skipped.push({ path: source, reason });
     else if (isPacked) {
       const contentDigest = annotations["io.deis.oras.content.digest"];
@@ -3245,9 +3270,10 @@ async function verifySignature(resolved: ResolvedImage, settings: Settings): Pro
   const { verifyKeys, report } = settings;
   if (verifyKeys.length === 0) return null;
   const files = verifyKeys.map(({ file }) => quote(file)).join(" or ");
-  let state = "it has no signature";
+  const failures: FetchWheelsError[] = [];
+  let state: string | undefined;
   for (const digest of new Set([resolved.named.digest, resolved.manifest.digest])) {
-    for await (const stored of storedSignatures(resolved, digest)) {
+    for await (const stored of storedSignatures(resolved, { digest, failures })) {
       const { format, hint, otherKind, digests } = stored;
       const signer = verifyKeys.find((key) => isSignedBy(key, stored));
       if (signer !== undefined && otherKind === undefined && digests.includes(digest)) {
@@ -3256,36 +3282,51 @@ async function verifySignature(resolved: ResolvedImage, settings: Settings): Pro
         return verified;
       }
       const isOurs = verifyKeys.some((key) => key.hint === hint);
-      if (otherKind !== undefined) state = `${quote(otherKind)} is not an image signature`;
+      if (otherKind !== undefined) state ??= `${quote(otherKind)} is not an image signature`;
       else if (signer !== undefined) state = `the signature is for another digest, ${digests.join(", ") || "none"}`;
       else if (hint === undefined) state = `it is not signed by the key ${files}, or the signed payload was changed`;
       else state = isOurs ? "its payload was changed after it was signed" : `it is signed by a key other than ${files}`;
     }
   }
-  throw integrityError(`Cannot verify the signature of ${quote(resolved.name)}: ${state}`);
+  const [failure] = failures;
+  if (failure !== undefined) throw failure;
+  throw integrityError(`Cannot verify the signature of ${quote(resolved.name)}: ${state ?? "it has no signature"}`);
 }
 
+/** What to search for, and where to keep the failures of places that could not be read: another may have a signature. */
+type SignatureSearch = { digest: string; failures: FetchWheelsError[] };
+
 /** Yields the signatures of a digest: cosign 3's bundles, then the simple signing of cosign 1 and 2. */
-async function* storedSignatures({ store, image }: ResolvedImage, digest: string): AsyncGenerator<StoredSignature> {
+async function* storedSignatures(
+  { store, image }: ResolvedImage,
+  { digest, failures }: SignatureSearch,
+): AsyncGenerator<StoredSignature> {
   const tag = digest.replace(":", "-");
-  const read = async (reference: string): Promise<Partial<Manifest & ImageIndex>> => {
-    const answer = await ifExists(store.manifest(reference));
+  const attempt = <T>(answer: Promise<T>): Promise<T | undefined> =>
+    answer.catch((error) => {
+      if (!(error instanceof FetchWheelsError)) throw error;
+      failures.push(error);
+      return undefined;
+    });
+  const readExisting = async (reference: string): Promise<Partial<Manifest & ImageIndex>> => {
+    const answer = await ifExists(store.manifest(reference, "signature"));
     return answer === undefined ? {} : readDocument(answer, reference, { ...image, tag: reference });
   };
+  const read = async (reference: string) => await attempt(readExisting(reference)) ?? {};
   // Without the referrers API, the index has a tag.
   const readReferrers = async () => parseJson(await store.referrers(digest))?.manifests;
   for (const list of [readReferrers, async () => (await read(tag)).entries]) {
-    for (const entry of [await list()].flat()) {
+    for (const entry of [await attempt(list())].flat()) {
       if (!DIGEST.test(entry?.digest) || !MANIFEST_TYPES.includes(entry.mediaType)) continue;
       // The artifact type in an index is not reliable, so each manifest is read.
       const { artifactType, layers: [layer] = [] } = await read(entry.digest);
       const isBundle = [artifactType, layer?.mediaType].some((type) => String(type).startsWith(BUNDLE_TYPE));
-      if (layer !== undefined && isBundle) yield* bundleSignatures(parseJson(await readBlob(store, layer)));
+      if (layer !== undefined && isBundle) yield* bundleSignatures(parseJson(await attempt(readBlob(store, layer))));
     }
   }
   for (const layer of (await read(`${tag}.sig`)).layers ?? []) {
     if (layer.mediaType !== SIMPLE_SIGNING_TYPE) continue;
-    const message = await readBlob(store, layer) ?? new Uint8Array();
+    const message = await attempt(readBlob(store, layer)) ?? new Uint8Array();
     const signature = decodeBase64(layer.annotations?.["dev.cosignproject.cosign/signature"]);
     const critical = parseJson(message)?.critical;
     const digests = [String(critical?.image?.["docker-manifest-digest"])];
@@ -3298,6 +3339,10 @@ const BUNDLE_TYPE = "application/vnd.dev.sigstore.bundle";
 const SIMPLE_SIGNING_TYPE = "application/vnd.dev.cosign.simplesigning.v1+json";
 const SIMPLE_SIGNING_KIND = "cosign container image signature";
 const BUNDLE_KIND = "https://sigstore.dev/cosign/sign/v1";
+
+function isSignatureType(mediaType: string | undefined): boolean {
+  return mediaType === SIMPLE_SIGNING_TYPE || String(mediaType).startsWith(BUNDLE_TYPE);
+}
 
 /** The envelope in a bundle (DSSE) signs its type and its payload, an in-toto statement. */
 function* bundleSignatures(bundle: JsonObject | undefined): Generator<StoredSignature> {
@@ -3328,8 +3373,10 @@ function decodeBase64(value: unknown): Uint8Array {
 type PartSource = { origin: Origin; meter: ByteMeter; signal: AbortSignal };
 
 /** Yields the bytes of a part, verified if the image names it by digest. */
-async function* openPart({ descriptor }: Part, { origin, meter, signal }: PartSource): Bytes {
-  const bytes = "bytes" in origin ? origin.bytes : descriptor && verified(origin.store.blob(descriptor, 0), descriptor);
+async function* openPart({ descriptor, name }: Part, { origin, meter, signal }: PartSource): Bytes {
+  const bytes = "bytes" in origin
+    ? origin.bytes
+    : descriptor && verified(origin.store.blob(descriptor, 0), descriptor, name);
   if (bytes === undefined) return;
   try {
     for await (const chunk of interruptible(bytes, signal)) {
@@ -3854,13 +3901,13 @@ type ArchiveMember =
   | { kind: "hard link"; path: string; source: string; target: string }
   | { kind: "symbolic link"; path: string; source: string; target: string }
   | { kind: "whiteout"; source: string; target: string; isOpaque: boolean }
-  | { kind: "skipped"; source: string; reason: string };
+  | { kind: "skipped"; source: string; reason: string; type?: TarMember["type"] };
 
 /** Yields the members of an archive. An unsafe member rejects the whole archive, unless it is skipped. */
 async function* archiveMembers(bytes: Bytes, plan: ArchivePlan): AsyncGenerator<ArchiveMember> {
   const { name, directory, contentDigest: digest } = plan;
   const content = plan.isDecompressed ? bytes : decompress(bytes, name);
-  const globs = directory === undefined ? {} : { include: ["**"], exclude: [] };
+  const globs = directory ? { include: ["**"], exclude: [] } : {};
   const filter = await memberFilter({ ...plan.filter, ...globs });
   for await (const member of tarMembers(digest ? verified(content, { digest }, name) : content, name)) {
     const safe = safeMember(member, filter, directory);
@@ -3868,7 +3915,7 @@ async function* archiveMembers(bytes: Bytes, plan: ArchivePlan): AsyncGenerator<
   }
 }
 
-function damageError(member: string, state: string, options?: { hint: string }): FetchWheelsError {
+function damageError(member: string, state: string, options?: { hint?: string }): FetchWheelsError {
   return integrityError(`Cannot extract ${quote(member)}: ${state}`, options);
 }
 
@@ -3879,14 +3926,14 @@ function safeMember(member: TarMember, filter: MemberFilter, directory: string |
   if (source === "" && type === "directory") return undefined;
   const { path, reason } = filter(source);
   const whiteout = directory === undefined ? whiteoutOf(source) : undefined;
-  if (reason === EXCLUDED || reason === NOT_INCLUDED) return whiteout ?? { kind: "skipped", source, reason };
+  if (reason === EXCLUDED || reason === NOT_INCLUDED) return whiteout ?? { kind: "skipped", source, reason, type };
   if (isOutside(source)) throw unsafeError(name, `its path contains ${source.includes("\0") ? "NUL" : '".."'}`);
   if (source === "") throw damageError(name, "it has no name");
-  if (directory !== undefined && source !== directory && !source.startsWith(`${directory}/`)) {
+  if (directory && source !== directory && !source.startsWith(`${directory}/`)) {
     throw unsafeError(name, `it lies outside of its directory ${quote(directory)}`);
   }
   if (whiteout !== undefined) return whiteout;
-  if (reason !== undefined) return { kind: "skipped", source, reason };
+  if (reason !== undefined) return { kind: "skipped", source, reason, type };
   if (fault !== undefined) throw damageError(name, `it ${fault}`);
   switch (type) {
     case "file":
@@ -3903,7 +3950,7 @@ function safeMember(member: TarMember, filter: MemberFilter, directory: string |
       if (linkname !== "" && !linkname.includes("\0")) return { kind: "symbolic link", path, source, target: linkname };
       throw damageError(name, "it is a symbolic link without a valid target");
     default:
-      return { kind: "skipped", source, reason: `${UNSUPPORTED}${type}` };
+      return { kind: "skipped", source, reason: `${UNSUPPORTED}${type}`, type };
   }
 }
 
@@ -3945,7 +3992,10 @@ class TreeBuilder {
   readonly #skipped: Extracted["skipped"] = [];
   /** Paths in the tree by their paths in the archives, for hard links and whiteouts. */
   readonly #bySource = new Map<string, string>();
+  /** Paths that members of lower layers had in their archives, and the directories above them. */
+  readonly #lowerSources = new Set<string>();
   #layer = 0;
+  #isImageLayer = false;
 
   /** `root` is an empty directory; without it, the tree is only a list. */
   constructor(private readonly report: (members: number) => void, private readonly root?: string) {
@@ -3960,6 +4010,12 @@ class TreeBuilder {
   /** Adds an archive, which may replace entries of earlier ones. */
   async extract(plan: ArchivePlan, bytes: Bytes): Promise<void> {
     this.#layer++;
+    this.#isImageLayer = plan.descriptor !== undefined && plan.directory === undefined;
+    for (const { source } of this.#entries.values()) {
+      for (let path = source; path !== "." && !this.#lowerSources.has(path); path = posix.dirname(path)) {
+        this.#lowerSources.add(path);
+      }
+    }
     for await (const member of archiveMembers(bytes, plan)) await this.#add(member);
   }
 
@@ -3984,10 +4040,13 @@ class TreeBuilder {
   async #add(member: ArchiveMember): Promise<void> {
     switch (member.kind) {
       case "skipped":
+        if (member.type !== "directory" && this.#lowerSources.has(member.source)) {
+          this.#removeLower({ target: member.source, isOpaque: false });
+        }
         this.#skipped.push({ path: member.source, reason: member.reason });
         return;
       case "whiteout":
-        this.#applyWhiteout(member);
+        this.#removeLower(member);
         this.#skipped.push({ path: member.source, reason: WHITEOUT });
         return;
       case "directory":
@@ -4031,12 +4090,13 @@ class TreeBuilder {
   #linkError(source: string, target: string): FetchWheelsError {
     const isSkipped = this.#skipped.some(({ path }) => path === target);
     const state = isSkipped ? "was not selected" : "is not an earlier file in the archive";
-    const hint = isSkipped ? "select the target as well" : "if the target is in a lower layer: --layer all";
+    const elsewhere = this.#isImageLayer ? "if the target is in a lower layer: --layer all" : undefined;
+    const hint = isSkipped ? "select the target as well" : elsewhere;
     return damageError(source, `it is a hard link to ${quote(target)}, which ${state}`, { hint });
   }
 
   /** Removes what earlier archives put at a path, or below a directory. */
-  #applyWhiteout({ target, isOpaque }: Extract<ArchiveMember, { kind: "whiteout" }>): void {
+  #removeLower({ target, isOpaque }: { target: string; isOpaque: boolean }): void {
     const isRemoved = ({ source, layer }: TreeEntry) =>
       layer < this.#layer && (!isOpaque && source === target || target === "" || source.startsWith(`${target}/`));
     const used = new Set<string>();
@@ -4285,21 +4345,22 @@ function dropPin(file: string, project: string): number {
 }
 
 /** Warns if there are no wheels, or wheels that do not run on the platform: the last part of their names says (PEP 427). */
-function warnOfUnusableWheels(files: FileInfo[], layers: LayerInfo[], settings: Settings): void {
-  const { dryRun, output, filter, platform, report } = settings;
+function warnOfUnusableWheels(files: FileInfo[], { parts, otherLayers }: Delivery, settings: Settings): void {
+  const { dryRun, list, output, filter, platform, report } = settings;
   if (dryRun || output !== undefined) return;
   const warn = (message: string) => report({ type: "warning", message });
   const wheels = files.map(({ path }) => posix.basename(path)).filter((name) => name.toLowerCase().endsWith(".whl"));
   if (wheels.length === 0) {
-    const [layer] = layers;
-    const hasOthers = layer !== undefined && layer.count > layers.length && filter.include.length === 0;
-    const place = hasOthers ? ` in layer ${layer.index} of ${layer.count}; --layer all extracts every layer` : "";
-    return warn(`no wheels found${place}`);
+    if (list && parts.some(({ directory }) => directory)) return; // its members are not listed
+    const count = parts.length + otherLayers;
+    const place = parts.length === 1 ? `layer ${parts[0]?.index} of ${count}` : `${parts.length} of ${count} layers`;
+    const hasOthers = otherLayers > 0 && filter.include.length === 0;
+    return warn(`no wheels found${hasOthers ? ` in ${place}; --layer all extracts every layer` : ""}`);
   }
   const foreign = wheels.filter((name) => !isWheelFor(name, platform));
   if (foreign.length === 0) return;
   const more = foreign.length > 3 ? ` and ${foreign.length - 3} more` : "";
-  const doubt = layers.length > 0 ? " (wrong image?)" : "";
+  const doubt = parts[0]?.descriptor ? " (wrong image?)" : "";
   warn(`wheels not built for ${formatPlatform(platform)}${doubt}: ${foreign.slice(0, 3).map(quote).join(", ")}${more}`);
 }
 
@@ -4328,8 +4389,11 @@ function isWheelFor(name: string, { os, architecture, variant = "v7" }: Platform
 // 10 Publish: everything is written to a staging directory, and moved into place once all of it is known to be right.
 // ---------------------------------------------------------------------------------------------------------------------
 
-/** What a target receives: parts, base first, the means to read them, and the source, for messages. */
-type Delivery = { parts: Part[]; open: (part: Part) => Bytes; label: string; meter: ByteMeter };
+/**
+ * What a target receives: parts, base first, the means to read them, and for messages the source, and how many layers of
+ * the image were not selected.
+ */
+type Delivery = { parts: Part[]; otherLayers: number; open: (part: Part) => Bytes; label: string; meter: ByteMeter };
 
 type Received = Pick<FetchResult, "files" | "skipped">;
 
@@ -4390,7 +4454,7 @@ async function listMembers({ parts, open, meter }: Delivery, { filter }: Setting
   const builder = new TreeBuilder((members) => meter.extracted(members));
   const titled: FileInfo[] = [];
   for (const part of parts) {
-    const { path = part.directory, descriptor, size = 0 } = part;
+    const { path = part.directory || undefined, descriptor, size = 0 } = part;
     if (path === undefined) await builder.extract({ ...part, filter }, open(part));
     else titled.push({ path, size, digest: descriptor?.digest ?? null });
   }
@@ -4588,11 +4652,12 @@ async function extractParts({ parts, open, meter }: Delivery, tree: string, sett
   }
 }
 
-function noFileError({ parts, label }: Delivery, skipped: number, filter: FilterOptions): Error {
+function noFileError({ parts, otherLayers, label }: Delivery, skipped: number, filter: FilterOptions): Error {
   const [part] = parts;
   const isLayer = part?.descriptor !== undefined && (part.path ?? part.directory) === undefined;
   const what = isLayer && parts.length === 1 ? `layer ${part.index} of ${quote(label)}` : quote(label);
-  return noMatchError(what, { skipped, filter, hint: isLayer ? "try another layer, or --layer all" : undefined });
+  const hint = otherLayers > 0 ? "try another layer, or --layer all" : undefined;
+  return noMatchError(what, { skipped, filter, hint });
 }
 
 /**

@@ -1403,8 +1403,8 @@ Deno.test("a silent proxy fails after the timeout, on every code path", async ()
     (["silent", "silent-tunnel"] as const).map(async (behavior) => {
       await using proxy = startProxy({ behavior });
       const given = { env: { ...env, [variable]: proxy.url } };
-      const stderr = await exits(5, [...args, "--timeout", "1", PUBLIC], given);
-      assert.match(stderr, /\b1 s\b/);
+      const stderr = await exits(5, [...args, "--timeout", "3", PUBLIC], given);
+      assert.match(stderr, /\b3 s\b/);
       if (behavior === "silent") assert(stderr.includes(proxy.host), stderr);
       assert.equal(proxy.requests.length, 1);
     })
@@ -3160,7 +3160,7 @@ Deno.test("an OCI layout, as a directory or an archive, is resolved and verified
       await assertRefused(`${source}:none`, "not-found");
       const { resolved } = await fetchWheels(source, { dryRun: true }); // `single` is part of `multi`
       assert.equal(resolved?.digest, index.digest);
-      await assertRefused(`${source}:multi`, "not-found", { platform: "linux/s390x" });
+      await assertRefused(`${source}:multi`, `not-found: in "${source}:multi"`, { platform: "linux/s390x" });
     });
   }
   await t.step("a blob that is not what its digest says", async () => {
@@ -4025,8 +4025,11 @@ Deno.test("an artifact's files are selected by their titles, and only selected b
   for (const [options, expected, titles = expected] of table) {
     await t.step(JSON.stringify(options), async () => {
       await using registry = serveArtifact({ layers: WHEELS });
-      const { files, paths, layers } = await extract(registry, options);
+      const { files, paths, layers, skipped } = await extract(registry, options);
       assert.deepEqual(files.map(({ path }) => path).sort(), expected);
+      if (options.include?.[0] === "a.*") {
+        assert.deepEqual(skipped.map(({ path }) => path), ["sub/b.whl", "notes.txt", ".hidden.whl", "abs/c.whl"]);
+      }
       if (!options.list) assert.deepEqual(paths, expected);
       const selected = WHEELS.filter(({ title = "" }) => titles.includes(title));
       assert.deepEqual(blobsRequested(registry).sort(), selected.map(({ data }) => sha256(toBytes(data))).sort());
@@ -4058,11 +4061,16 @@ Deno.test("an artifact's titles and media types are checked before a blob is req
   const table: [name: string, titles: string[] | ArtifactLayer[], kind: string, words: RegExp][] = [
     ["two equal titles", ["a.whl", "b.whl", "a.whl"], "integrity", /a\.whl/],
     ["two titles that are equal without a slash", ["a.whl", "/a.whl"], "integrity", /a\.whl/],
-    ["..", ["a.whl", "../b.whl"], "unsafe", /\.\.\/b\.whl/],
+    ["..", ["a.whl", "../b.whl"], "unsafe", /^(?!.*--include).*\.\.\/b\.whl/],
     [".. after a directory", ["sub/../../b.whl"], "unsafe", /\.\./],
     ["NUL", ["a.whl\0b"], "integrity", /NUL/],
     ["no name", ["/"], "integrity", /empty/],
-    ["no title and no archive", types.map((mediaType) => ({ data: "x", mediaType })), "not-found", /x-wheel.*plain/],
+    [
+      "no title and no archive",
+      types.map((mediaType) => ({ data: "x", mediaType })),
+      "not-found",
+      /layer 1 of 2 has no title.*x-wheel" is not.*--layer/,
+    ],
   ];
   for (const [name, titles, kind, words] of table) {
     await t.step(name, async () => {
@@ -4072,6 +4080,21 @@ Deno.test("an artifact's titles and media types are checked before a blob is req
       assert.deepEqual(blobsRequested(registry), []);
     });
   }
+  await t.step("a wrong digest names the title", async () => {
+    await using registry = serveArtifact({ layers: [{ title: "a.whl", data: "a", digest: sha256(LAYER) }] });
+    await assertRejected(registry, {}, "integrity", /Cannot verify "a\.whl"/);
+  });
+  await t.step("several blobs are requested at once", async () => {
+    const both = Promise.withResolvers<void>();
+    let count = 0;
+    const onRequest = async (_: Request, { path }: RequestContext) => {
+      if (path.includes("/blobs/") && ++count === 2) both.resolve();
+      if (path.includes("/blobs/")) await both.promise;
+      return undefined;
+    };
+    await using registry = serveArtifact({ layers: WHEELS.slice(0, 2) }, { onRequest });
+    assert.equal((await extract(registry, { signal: AbortSignal.timeout(10_000) })).paths.length, 2);
+  });
   await t.step("two equal paths without leading components", async () => {
     await using registry = serveArtifact({ layers: ["x/a.whl", "y/a.whl"].map((title) => ({ title, data: title })) });
     await assertRejected(registry, { stripComponents: 1 }, "integrity", /a\.whl/);
@@ -4086,6 +4109,13 @@ Deno.test("an artifact's titles and media types are checked before a blob is req
 
 Deno.test("a directory of an artifact is extracted below its title, and its tar verified", async (t) => {
   const members = ["x.whl", "deep/y.txt", ".hidden"].map((name) => ({ name, data: name }));
+  const tar = await makeTar([{ name: "./", type: "directory" }, ...members]);
+  const root = (contentDigest = sha256(tar)): ArtifactLayer => ({
+    title: ".",
+    data: gzip(tar),
+    annotations: { [ANNOTATION.unpack]: "true", [ANNOTATION.contentDigest]: contentDigest },
+  });
+  const whiteout = await makeDirectoryLayer("dir", [{ name: "x", data: "x" }, { name: ".wh.x", data: "w" }]);
   const packed = await makeDirectoryLayer("dir", members);
   const single = { title: "a.whl", data: "a.whl" };
   const unverified = { ...packed, annotations: { [ANNOTATION.unpack]: "true" } };
@@ -4096,6 +4126,9 @@ Deno.test("a directory of an artifact is extracted below its title, and its tar 
     ["selected as a whole", packed, { include: ["dir"] }, all.slice(1)],
     ["not selected", packed, { include: ["*.whl"] }, ["a.whl"]],
     ["shortened", packed, { include: ["dir"], stripComponents: 1 }, [".hidden", "deep/y.txt", "x.whl"]],
+    ["with a file named as a whiteout", whiteout, {}, ["a.whl", "dir/.wh.x", "dir/x"]],
+    ["packed as .", root(), {}, ["a.whl", "deep/y.txt", "x.whl"]],
+    ["packed as ., its members selected", root(), { include: ["*.whl"] }, ["a.whl", "x.whl"]],
     ["without the annotation", { ...packed, title: "d.tar.gz", annotations: {} }, {}, ["a.whl", "d.tar.gz"]],
   ];
   for (const [name, layer, options, expected] of table) {
@@ -4112,6 +4145,7 @@ Deno.test("a directory of an artifact is extracted below its title, and its tar 
       "integrity",
       /dir/,
     ],
+    ["another digest of .", root(`sha256:${HEX}`), "integrity", /"\."/],
     ["an unknown digest", await makeDirectoryLayer("dir", members, { contentDigest: "md5:1" }), "integrity", /digest/],
     ["a member outside", await makeDirectoryLayer("dir", [{ name: "../../x", data: "x" }]), "unsafe", /\.\./],
     ["a member beside the directory", { ...other, title: "dir" }, "unsafe", /"dir"/],
@@ -4136,7 +4170,7 @@ Deno.test("an index of artifacts is resolved by platform, or to its only entry",
     ["by another platform", [arm64, amd64], "arm64.whl", "linux/arm64"],
     ["the only one", [one], "one.whl"],
     ["an image beside an artifact without a platform", [one, IMAGE], "a-1-py3-none-any.whl"],
-    ["several without a platform", [one, two], /application\/vnd\.one.*application\/vnd\.two/],
+    ["several without a platform", [one, two], /sha256:.*vnd\.one.*sha256:.*vnd\.two.*SOURCE: .*\/ns\/wheels@DIGEST/],
     ["a platform that is missing", [amd64, arm64], /linux\/amd64.*linux\/arm64/, "linux/s390x"],
   ];
   for (const [name, entries, expected, platform = "linux/amd64"] of table) {
@@ -4381,6 +4415,37 @@ Deno.test("verifyKeys finds the right signature among others", async (t) => {
       assert.deepEqual(verified, { digest, key: keyFile(), format: "bundle" });
     });
   }
+  await t.step("a signature by another key is named rather than an attestation", async () => {
+    await using registry = serveSigned({ format: "bundle", signatures: [sign(theirs), attestation] });
+    await assertUnsigned(registry, /signed by a key other/);
+  });
+  await t.step("a foreign signature whose blob is missing", async () => {
+    const missing = { ...sign(theirs), blobs: new Map() };
+    await using registry = serveSigned({ format: "bundle", signatures: [missing, sign(ours)] });
+    assert.equal((await extract(registry, { verifyKeys: [keyFile()], dryRun: true })).verified?.format, "bundle");
+    await using alone = serveSigned({ format: "bundle", signatures: [missing] });
+    await assertRejected(alone, { verifyKeys: [keyFile()] }, "not-found");
+  });
+  for (const status of [403, 406, 415, 501, 200]) {
+    await t.step(`referrers that answer ${status === 200 ? "HTML" : status} do not hide other signatures`, async () => {
+      const html = { status, headers: { "content-type": "text/html" } };
+      const onRequest = (_: Request, { path }: RequestContext) =>
+        path.includes("referrers") ? new Response("<html>", html) : undefined;
+      for (const subject of [INDEX, IMAGE]) {
+        await using registry = serveSigned({ format: "simplesigning", subject, options: { onRequest } });
+        const events: string[] = [];
+        const onProgress = (event: ProgressEvent) => {
+          if (event.type === "verified") events.push(`${event.digest} ${event.key} ${event.format}`);
+        };
+        const { verified } = await extract(registry, { verifyKeys: [keyFile()], dryRun: true, onProgress });
+        assert.equal(verified?.digest, subject.digest);
+        assert.deepEqual(events, [`${subject.digest} ${keyFile()} simplesigning`]);
+      }
+      await using unsigned = serveSigned({ format: "simplesigning", signatures: [], options: { onRequest } });
+      const kind = status === 403 ? "auth" : "network|integrity";
+      await assertFails(extract(unsigned, { verifyKeys: [keyFile()], dryRun: true }), kind, /^(?!.*no signature)/);
+    });
+  }
   await t.step("a second layer of simple signing", async () => {
     const [first, second] = [sign(theirs, {}, "simplesigning"), sign(ours, {}, "simplesigning")];
     const both = JSON.parse(new TextDecoder().decode(first.manifest));
@@ -4413,11 +4478,19 @@ Deno.test("signatures may lie at a mirror or in an OCI layout", async (t) => {
       await t.step(`${format} ${name}`, async () => {
         await using mirror = startMirror();
         await using registry = start();
-        const options = { verifyKeys: [keyFile()], mirrors: [mirror.url], dryRun: true };
+        const warnings: string[] = [];
+        const onProgress = (event: ProgressEvent) => void (event.type === "warning" && warnings.push(event.message));
+        const options = { verifyKeys: [keyFile()], mirrors: [mirror.url], dryRun: true, onProgress };
         assert.equal((await extract(registry, options)).verified?.digest, INDEX.digest);
+        assert.doesNotMatch(warnings.join("\n"), /skipping mirror/);
       });
     }
   }
+  await t.step("at the mirror of a registry that cannot be reached", async () => {
+    await using mirror = ours("simplesigning", false);
+    const options = { verifyKeys: [keyFile()], mirrors: [mirror.url], dryRun: true };
+    assert.equal((await extract(`${await closedHost()}/ns/wheels:1.0`, options)).verified?.digest, INDEX.digest);
+  });
   const [bundle, simple] = FORMATS.map((format) =>
     makeSignature({ subject: INDEX.descriptor, key: keyOf("P-256"), format })
   );
@@ -4492,6 +4565,21 @@ Deno.test("verifyKeys must be public keys of a supported kind, and the source an
     await assertRejected(source, { verifyKeys: [keyFile()] }, "integrity", /no signature/);
   });
   assert.deepEqual(registry.requests, []);
+});
+
+Deno.test("a layout of cosign save has one image, and its signatures", async () => {
+  using scratch = new Scratch();
+  const options = { format: "simplesigning", key: keyOf("P-256") } as const;
+  const saved = makeSignature({ ...options, subject: IMAGE.descriptor });
+  const attestation = makeArtifact({ layers: [{ data: "{}" }] });
+  const images = { image: IMAGE, sigs: saved, atts: attestation };
+  const source = writeLayout(scratch, Object.values(images), {});
+  const manifests = Object.entries(images).map(([kind, { descriptor }]) => (
+    { ...descriptor, annotations: { kind: `dev.cosignproject.cosign/${kind}` } }
+  ));
+  scratch.at("layout/index.json", JSON.stringify({ schemaVersion: 2, manifests }));
+  const { verified } = await extract(source, { verifyKeys: [keyFile()] });
+  assert.deepEqual(verified, { digest: IMAGE.digest, key: keyFile(), format: "simplesigning" });
 });
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -5414,6 +5502,22 @@ Deno.test("whiteouts are applied before --include and --strip-components", async
   assert.deepEqual(files.map(({ path }) => path).sort(), ["bin/sh", "etc/passwd", "wheels/a.whl", "wheels/d.whl"]);
 });
 
+Deno.test("what a skipped member of a later layer replaces is not extracted", async (t) => {
+  const table: [name: string, upper: Uint8Array, expected: string][] = [
+    ["a directory by a file", layerOf("w"), "b.whl"],
+    ["a directory by a symbolic link", layerOf("w->opt"), "b.whl"],
+    ["a file by a FIFO", tarOf([rawHeader({ name: "w/a.whl", typeflag: "6" })]), "b.whl"],
+    ["a directory by itself", tarOf(directory("w")), "b.whl w/a.whl"],
+  ];
+  for (const [name, upper, expected] of table) {
+    await t.step(name, async () => {
+      await using registry = serveImage({}, makeImage({ layers: [layerOf("w/a.whl b.whl"), upper] }));
+      const { files } = await extractAll(registry, { include: ["*.whl"] });
+      assert.equal(files.map(({ path }) => path).sort().join(" "), expected);
+    });
+  }
+});
+
 Deno.test("a hard link to a member that is not there says why", async (t) => {
   const table: [layers: string[], options: FetchWheelsOptions, message: RegExp, hint: RegExp][] = [
     [["a.whl", "b.whl=>a.whl"], { layers: ["last"] }, /"a\.whl".*not an earlier file/, /--layer all/],
@@ -5473,6 +5577,12 @@ Deno.test("an image without wheels is warned about, and --layer named if there a
     ["the last layer has a wheel", ["notes.txt", "a.WHL"], { layers: ["last"] }, undefined],
     ["there is one layer", ["notes.txt"], {}, /^no wheels found$/],
     ["--list", ["notes.txt"], { list: true }, /^no wheels found$/],
+    [
+      "two of three layers are selected",
+      ["a", "b", "c"],
+      { layers: ["1", "2"] },
+      /found in 2 of 3 layers; --layer all/,
+    ],
   ];
   for (const [name, layers, options, expected] of table) {
     await t.step(name, async () => {
@@ -5482,6 +5592,24 @@ Deno.test("an image without wheels is warned about, and --layer named if there a
       else assert.match(warnings.join("\n"), expected);
     });
   }
+  await t.step("no hint at other layers if all were used", async () => {
+    await using registry = serveLayers([".x", ".y"]);
+    assert.equal((await assertFails(extractAll(registry), "not-found")).hint, undefined);
+    assert.match((await assertFails(extractAll(registry, { layers: ["1"] }), "not-found")).hint ?? "", /--layer all/);
+  });
+  await t.step("artifacts", async () => {
+    const layers = [{ title: "a.txt", data: "a" }, await makeDirectoryLayer("dir", [{ name: "x.whl" }])];
+    await using registry = serveArtifact({ layers });
+    const options = { exclude: ["dir"], layers: ["last"] };
+    assert.deepEqual((await extractAll(registry, options)).warnings, ["no wheels found"]);
+    assert.deepEqual((await extractAll(registry, { list: true, layers: ["last"] })).warnings, []);
+    await using archives = serveArtifact({ layers: [".x", ".y"].map((text) => ({ data: layerOf(text) })) });
+    const { hint } = await assertFails(extractAll(archives, { layers: ["1"] }), "not-found");
+    assert.equal(hint, undefined);
+    const link = await makeDirectoryLayer("dir", [{ name: "x", type: "link", linkname: "dir/none" }]);
+    await using linked = serveArtifact({ layers: [link] });
+    assert.equal((await assertFails(extract(linked), "integrity", /hard link/)).hint, undefined);
+  });
 });
 
 Deno.test("wheels for another machine are warned about", async (t) => {
@@ -7079,6 +7207,14 @@ Deno.test("--unpin drops a project's pin under any spelling of its name, and not
       assert.equal(files.find(({ path }) => path === "upper-constraints.txt")?.size, kept.length);
     });
   }
+});
+
+Deno.test("a file that --unpin changes has no digest", async () => {
+  const pins = { title: "upper-constraints.txt", data: "x===1\ny===1\n" };
+  await using registry = serveArtifact({ layers: [pins, { title: "a.whl", data: "a" }] });
+  const { files } = await extract(registry, { unpin: "x" });
+  const digests = files.map(({ path, digest }) => [path, digest]);
+  assert.deepEqual(digests, [["upper-constraints.txt", null], ["a.whl", sha256(toBytes("a"))]]);
 });
 
 Deno.test("the bundle runs with an empty cache and without a package registry", async () => {
