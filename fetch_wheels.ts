@@ -88,7 +88,7 @@ const JUDGED_SAMPLES = 3; // after which more connections may be given up
 const PAUSE_MS = 5000; // after which they are tried again
 const MAX_SAMPLES = 10; // of one measurement
 const MAX_SETTLING_SAMPLES = 8; // that more connections have to deliver their first bytes
-const FAST_BYTES_PER_SECOND = 250e6; // such a connection keeps verification and extraction busy
+const FAST_BYTES_PER_SECOND = 150e6; // such a connection keeps verification and extraction busy
 const WORTHWHILE_GAIN = 1.25; // more connections must raise the total rate by this factor, or they are given up
 
 const INFLATED_BYTES = 256 * 1024; // the decoder's output buffers, and reads from a disk
@@ -2427,12 +2427,14 @@ class ConnectionPace {
       const { rate: before, connections } = this.#before;
       if (rate >= before * WORTHWHILE_GAIN) {
         this.#before = undefined;
-      } else if (isNetworkBound && this.#samples >= JUDGED_SAMPLES) {
+      } else if (this.#samples >= (isNetworkBound ? JUDGED_SAMPLES : MAX_SAMPLES)) {
         this.#before = undefined;
         this.#pausedUntil = now + PAUSE_MS;
         this.#measure(connections);
       }
-    } else if (isNetworkBound && rate < FAST_BYTES_PER_SECOND && this.#connections < this.limit) {
+    } else if (!isNetworkBound) {
+      this.#measure(this.#connections); // a slow consumer hides the rate of the network
+    } else if (rate < FAST_BYTES_PER_SECOND && this.#connections < this.limit) {
       const isLong = bytesLeft > Math.max(PARALLEL_BYTES, 2 * this.sampleBytes);
       if (isLong && now >= this.#pausedUntil) {
         this.#before = { rate, connections: this.#connections };
