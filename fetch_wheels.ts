@@ -88,7 +88,7 @@ const JUDGED_SAMPLES = 3; // after which more connections may be given up
 const PAUSE_MS = 5000; // after which they are tried again
 const MAX_SAMPLES = 10; // of one measurement
 const MAX_SETTLING_SAMPLES = 8; // that more connections have to deliver their first bytes
-const FAST_BYTES_PER_SECOND = 150e6; // such a connection keeps verification and extraction busy
+const FAST_BYTES_PER_SECOND = 100e6; // such a connection keeps verification and extraction busy
 const WORTHWHILE_GAIN = 1.25; // more connections must raise the total rate by this factor, or they are given up
 
 const INFLATED_BYTES = 256 * 1024; // the decoder's output buffers, and reads from a disk
