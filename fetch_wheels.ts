@@ -419,19 +419,18 @@ export async function fetchWheels(source: string, options: FetchWheelsOptions = 
     using client = new HttpClient(settings);
     // Opened before any request: an unusable disk is better known before half a gigabyte has been downloaded.
     using target = openTarget(settings);
-    const senders = { mirrors: settings.mirrors, isFresh: false };
+    let { mirrors } = settings;
+    let isFresh = false;
     while (true) {
       const suspects: Suspects = new Set();
       try {
-        return await fetchOnce(parsed, { source, settings, client, target, ...senders, suspects });
+        return await fetchOnce(parsed, { source, settings, client, target, mirrors, isFresh, suspects });
       } catch (error) {
         if (suspects.size === 0 || !mayRefetch(error, settings)) throw error;
-        // Mirrors continue what the cache has, so the cache is suspected first.
-        const isCached = [...suspects].some((suspect) => typeof suspect === "string");
-        const skipped = isCached ? [] : senders.mirrors.filter((url) => suspects.has(url));
-        senders.mirrors = senders.mirrors.filter((url) => !skipped.includes(url));
-        senders.isFresh = true; // the cache may have the beginning of what a mirror sent
-        const without = isCached ? "the cache" : skipped.map((url) => `mirror ${displayOrigin(url)}`).join(" and ");
+        const skipped = suspectedMirrors(suspects);
+        mirrors = mirrors.filter((url) => !skipped.includes(url));
+        isFresh = true; // the cache may have the beginning of what a mirror sent
+        const without = skipped.map((url) => `mirror ${displayOrigin(url)}`).join(" and ") || "the cache";
         settings.report({ type: "warning", message: `${error.message}; retrying without ${without}` });
       }
     }
@@ -448,6 +447,12 @@ function mayRefetch(error: unknown, { output, signal }: Settings): error is Fetc
 
 /** What may have sent wrong bytes: mirrors, by their URLs, and the cache, by the digests of blobs that it had. */
 type Suspects = Set<URL | string>;
+
+/** Returns the mirrors to leave out: none while the cache is suspected, because mirrors continue what it has. */
+function suspectedMirrors(suspects: Suspects): URL[] {
+  const mirrors = [...suspects].filter((suspect) => suspect instanceof URL);
+  return mirrors.length < suspects.size ? [] : mirrors;
+}
 
 /** What one attempt needs. */
 type Attempt = SourceOptions & { source: string; target: Target };
@@ -468,9 +473,7 @@ async function fetchOnce(parsed: Source, attempt: Attempt): Promise<FetchResult>
 
   const open = (part: Part) => openPart(part, { origin, meter, signal: settings.signal });
   const label = parsed.kind === "url" ? displayUrl(parsed.url) : source;
-  const otherLayers = resolved && !isArtifactManifest(resolved.manifest)
-    ? resolved.manifest.layers.length - parts.length
-    : 0;
+  const otherLayers = resolved && !resolved.isArtifact ? resolved.manifest.layers.length - parts.length : 0;
   const delivery = { parts, otherLayers, open, label, meter };
   const { files, skipped } = await target.receive(delivery);
   warnOfUnusableWheels(files, delivery, settings);
@@ -2245,9 +2248,8 @@ class BlobDownload {
   /** Starts what the pace allows: cuts the single stream short, and opens ranges behind it. */
   #schedule(first: Span): void {
     const bytesLeft = this.#size - first.at;
-    const running = this.#spans.filter(({ span }) => span.hasBytes && !span.hasEnded).length;
     const limit = this.#hasRanges && this.#size < Infinity ? this.#maxConnections : 1;
-    const wanted = Math.min(this.#pace.connections(running, bytesLeft), this.#pace.limit, limit);
+    const wanted = Math.min(this.#pace.connections(this.#countRunning(), bytesLeft), limit);
     const isSingle = this.#spans.length === 1 && first.to === this.#size;
     if (isSingle && wanted > 1 && bytesLeft > PARALLEL_BYTES) {
       first.to = Math.min(first.at + Math.max(RANGE_BYTES, this.#pace.sampleBytes), this.#size);
@@ -2298,19 +2300,23 @@ class BlobDownload {
         if (span.to === Infinity) return;
         if (span.at < span.to) throw this.#error(`the answer ended after ${span.at} of ${this.#size} bytes`);
       } catch (error) {
-        if (!this.#mayWait(span, error)) await budget.spend(error);
-        else await untilAborted(span.turn.promise, this.#signal);
+        if (!this.#isRefusedAhead(span, error)) await budget.spend(error);
+        else {
+          this.#pace.lowerLimit(this.#countRunning());
+          await untilAborted(span.turn.promise, this.#signal);
+        }
       }
     }
   }
 
-  /** A server may refuse further connections. Their spans wait until they are the first, and there will be no more. */
-  #mayWait(span: Span, error: unknown): boolean {
+  #countRunning(): number {
+    return this.#spans.filter(({ span }) => span.hasBytes && !span.hasEnded).length;
+  }
+
+  /** Reports whether the server has refused a further connection, of a span that can wait until it is the first. */
+  #isRefusedAhead(span: Span, error: unknown): boolean {
     const isRefusal = error instanceof RequestError && error.details.status !== undefined;
-    if (!isRefusal || span.hasBytes || span === this.#spans[0]?.span || this.options.isMirror) return false;
-    const running = this.#spans.filter((other) => other.span.hasBytes && !other.span.hasEnded).length;
-    this.#pace.limit = Math.max(1, Math.min(this.#pace.limit, running));
-    return true;
+    return isRefusal && !span.hasBytes && span !== this.#spans[0]?.span && !this.options.isMirror;
   }
 
   #error(state: string, details: FailureDetails = { kind: "integrity" }): RequestError {
@@ -2409,7 +2415,13 @@ class ConnectionPace {
   #isSettling = false;
   #pausedUntil = 0;
 
-  constructor(public limit: number, readonly now: () => number) {}
+  constructor(private limit: number, private readonly now: () => number) {}
+
+  /** Stays with as many connections as the server has accepted. */
+  lowerLimit(accepted: number): void {
+    this.limit = Math.max(1, Math.min(this.limit, accepted));
+    this.#measure(this.#connections);
+  }
 
   /** Returns the number of connections for the bytes that are left; `running` spans have delivered some. */
   connections(running: number, bytesLeft: number): number {
@@ -2438,7 +2450,7 @@ class ConnectionPace {
       const isLong = bytesLeft > Math.max(PARALLEL_BYTES, 2 * this.sampleBytes);
       if (isLong && now >= this.#pausedUntil) {
         this.#before = { rate, connections: this.#connections };
-        this.#measure(Math.min(this.limit, this.#connections * 4));
+        this.#measure(this.#connections * 4);
         this.#isSettling = true;
       }
     }
@@ -2447,7 +2459,7 @@ class ConnectionPace {
   }
 
   #measure(connections: number): void {
-    this.#connections = connections;
+    this.#connections = Math.min(connections, this.limit);
     this.#isSettling = false;
     this.#started = this.now();
     this.#samples = 0;
@@ -2519,15 +2531,14 @@ function openSource(source: Source, options: SourceOptions): Origin {
 /** Mirrors first, then the registry; before both the cache. */
 function openImageStore(image: ImageReference, options: SourceOptions): ImageStore {
   const { settings, client, isFresh, suspects } = options;
-  const { connections, protocol, cache, report } = settings;
+  const { protocol, cache, report } = settings;
   const finder = new CredentialFinder(settings);
-  const common = { image, protocol, connections };
   const bases = baseUrls(image.registry, protocol);
-  const registry = new Registry(client, { ...common, bases, credentials: () => finder.find(image), isMirror: false });
+  const registry = new Registry(client, { image, bases, credentials: () => finder.find(image), isMirror: false });
   const mirrors = options.mirrors.map((url) => {
     const user = Promise.resolve(urlCredentials(url));
-    const options = { ...common, bases: [withoutUser(url)], credentials: () => user, isMirror: true };
-    return { url, store: new Registry(client, options) };
+    const mirror = { image, bases: [withoutUser(url)], credentials: () => user, isMirror: true };
+    return { url, store: new Registry(client, mirror) };
   });
   const store = mirrors.length === 0 ? registry : withMirrors(mirrors, { registry, image, settings, suspects });
   return cache === undefined ? store : withCache(store, { directory: cache, isFresh, report, suspects });
@@ -2554,7 +2565,7 @@ function withMirrors(mirrors: Mirror[], { registry, image, settings, suspects }:
     if (error instanceof RequestError || error.kind === "integrity") usable.delete(mirror);
     settings.report({ type: "warning", message: `skipping mirror ${displayOrigin(mirror.url)}: ${error.message}` });
   };
-  /** Returns the first answer of a mirror, or undefined if there is none. */
+  /** Returns the first answer of a mirror, or undefined if no mirror answers. */
   const ask = async <T>(question: (store: ImageStore) => Promise<T>, role?: "signature"): Promise<T | undefined> => {
     for (const mirror of usable) {
       try {
@@ -2702,15 +2713,15 @@ function openMembers({ kind, path }: { kind: string; path: string }, text: strin
   const fail = (state: string) => notFoundError(`Cannot read ${quote(text)}: ${state}`);
   if (stat === undefined) throw fail("no such file or directory");
   if (stat.isDirectory() !== isDirectory) throw fail(isDirectory ? "it is not a directory" : "it is a directory");
-  if (!isDirectory && !stat.isFile()) {
-    const hint = "an image's archive is read more than once: save it to a file first";
-    throw usageError(`Cannot read ${quote(text)}: it is not a regular file`, { hint });
+  if (isDirectory) {
+    return (name) => {
+      fileSize(join(path, name)); // names a file that does not exist
+      return readFile(join(path, name));
+    };
   }
-  if (!isDirectory) return indexArchive(path);
-  return (name) => {
-    fileSize(join(path, name)); // names a file that does not exist
-    return readFile(join(path, name));
-  };
+  if (stat.isFile()) return indexArchive(path);
+  const hint = "an image's archive is read more than once: save it to a file first";
+  throw usageError(`Cannot read ${quote(text)}: it is not a regular file`, { hint });
 }
 
 /** Where a member lies in an archive, or the path that it is a link to. */
@@ -2911,6 +2922,7 @@ interface ResolvedImage {
   named: { digest: string; mediaType: string };
   manifest: Manifest;
   platform: string | null;
+  isArtifact: boolean;
   /** Whether the manifest was made up, because `docker save` keeps none. */
   isSynthetic: boolean;
 }
@@ -2959,7 +2971,8 @@ async function resolveImage({ kind, image, store }: ImageOrigin, settings: Setti
     throw notFoundError(message, { hint: `to use it anyway, pass --platform ${platform}` });
   }
   const named = { digest: top.digest, mediaType: top.mediaType };
-  return { image, name, store, named, manifest, platform, isSynthetic: kind === "docker-archive" };
+  const isArtifact = isArtifactManifest(manifest);
+  return { image, name, store, named, manifest, platform, isArtifact, isSynthetic: kind === "docker-archive" };
 }
 
 /** Returns the platform that an index or schema 1 says, else that of the image's configuration, if there is one. */
@@ -3119,8 +3132,7 @@ function layerInfo({ descriptor, index, name }: Part, { manifest }: ResolvedImag
 
 /** Chooses what to fetch: the final layer, the layers that the user wants, or an artifact's files. */
 async function selectParts(resolved: ResolvedImage, { layers, output, filter }: Settings): Promise<Part[]> {
-  const { manifest, name } = resolved;
-  const isArtifact = isArtifactManifest(manifest);
+  const { manifest, name, isArtifact } = resolved;
   const isDefault = layers.length === 1 && layers[0] === "last";
   const wanted = isArtifact && isDefault ? ["all"] : layers;
   const positions = new Set(wanted.flatMap((layer) => layerPositions(layer, resolved)));
@@ -3581,7 +3593,7 @@ async function* inflate(decoder: Gunzip | ZstdDecompress, pieces: Bytes, fail: (
   }
   try {
     let size = DENSE_BYTES;
-    let total = 0;
+    let bytesSinceTask = 0;
     for await (const piece of pieces) {
       for (let at = 0; at < piece.length;) {
         const part = piece.subarray(at, at + size);
@@ -3590,8 +3602,10 @@ async function* inflate(decoder: Gunzip | ZstdDecompress, pieces: Bytes, fail: (
         size = inflated > DENSE_FACTOR * part.length ? DENSE_BYTES : DEFLATED_BYTES;
         at += part.length;
         yield* drained();
-        total += inflated;
-        if (total % INTERRUPTIBLE_BYTES < inflated) await nextTask(); // or no signal would be seen before the next bytes
+        bytesSinceTask += inflated;
+        if (bytesSinceTask < INTERRUPTIBLE_BYTES) continue;
+        bytesSinceTask = 0;
+        await nextTask(); // or no signal would be seen before the next bytes
       }
     }
     run(() => decoder.end());
@@ -3939,7 +3953,7 @@ function safeMember(member: TarMember, filter: MemberFilter, directory: string |
   if (fault !== undefined) throw damageError(name, `it ${fault}`);
   switch (type) {
     case "file":
-      // As PEP 706: the owner can read and write, others cannot write, and there are no special bits.
+      // As in PEP 706: the owner can read and write, others cannot write, and special bits are dropped.
       return { kind: "file", path, source, size, mode: mode & 0o755 | 0o600, mtime, read };
     case "directory":
       return { kind: "directory", path, source, mode: mode & 0o755 | 0o700 };
@@ -4346,7 +4360,7 @@ function dropPin(file: string, project: string): number {
   });
 }
 
-/** Warns if there are no wheels, or wheels that do not run on the platform: the last part of their names says (PEP 427). */
+/** Warns if no file is a wheel, or if a wheel's platform tag (PEP 427) is for another platform. */
 function warnOfUnusableWheels(files: FileInfo[], { parts, otherLayers }: Delivery, settings: Settings): void {
   const { dryRun, list, output, filter, platform, report } = settings;
   if (dryRun || output !== undefined) return;
@@ -4512,7 +4526,7 @@ function stagingName(name: string): string {
   return `${stagingPrefix(name)}${process.pid}-${crypto.randomUUID().slice(0, 8)}`;
 }
 
-/** Removes a file or a directory. Takes one file descriptor at a time, and none if it is empty: there may be no more. */
+/** Removes a file or a directory. Needs no file descriptor for an empty one, because all may be in use. */
 function removeTree(path: string): void {
   const stat = lstatIfExists(path);
   if (stat === undefined) return;

@@ -293,7 +293,7 @@ interface Outcome {
   lines: string[];
 }
 
-/** Runs the command line in this process. Without `--wheels-file` among the arguments, there is no wheels file. */
+/** Runs the command line in this process. The wheels file does not exist unless the arguments name one. */
 async function run(args: string[], { env = {}, stdin = "", io = {} }: Surroundings = {}): Promise<Outcome> {
   const chunks: Uint8Array[] = [];
   let stderr = "";
@@ -1384,7 +1384,7 @@ Deno.test("NO_PROXY means the same on every code path", async (t) => {
           await using proxy = startProxy({ route: () => registry.host });
           const exempting = variable === variable.toUpperCase() ? "no_proxy" : "NO_PROXY";
           const given = { env: { ...env, [variable]: proxy.url, [exempting]: value } };
-          // There is no registry at these hosts, so direct requests fail. A name look-up cannot be cancelled.
+          // These hosts have no registry, so direct requests fail. A name look-up cannot be canceled.
           const timeout = host.startsWith("registry") ? "20" : "1";
           const all = [...TO_STDOUT, ...args, "--timeout", timeout, `${host}/ns/wheels:1.0`];
           const { code, stderr } = await run(all, given);

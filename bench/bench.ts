@@ -409,7 +409,7 @@ function hasRoom(directory: string, options: Options): boolean {
     const { bavail, bsize } = statfsSync(directory);
     return bavail * bsize > 3 * Math.max(...amounts);
   } catch {
-    return false; // there is no such directory
+    return false; // the directory does not exist
   }
 }
 
@@ -717,7 +717,7 @@ function row(...cells: string[]): string {
   return `| ${cells.map((cell) => cell.replaceAll("|", "\\|")).join(" | ")} |`;
 }
 
-/** The seconds of the fastest peer in one round; NaN if there is none. */
+/** The seconds of the fastest peer in one round; NaN if no peer ran. */
 function fastest(peers: string[], results: Results, round: number): number {
   const seconds = peers.flatMap((name) => {
     const costs = results.get(name);

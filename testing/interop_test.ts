@@ -22,7 +22,7 @@ import {
   sha256,
   toBytes,
 } from "./images.ts";
-import { isInPath, type RunningServer, startDockerRegistry, startServer } from "./proxies.ts";
+import { isInPath, startDockerRegistry } from "./proxies.ts";
 import { Scratch } from "./scratch.ts";
 
 /** Describes each path below a directory: its type, its mode, and the digest of its contents or its target. */
@@ -290,28 +290,12 @@ async function makeWheelsImage(architecture: string): Promise<{ image: MadeImage
   return { image: makeImage({ architecture, layers: [gzip(base), gzip(layer)] }), filename };
 }
 
-/** Starts Debian's docker-registry with additional lines of configuration. */
-function startRegistryWith(lines: string[], http = ""): Promise<RunningServer> {
-  return startServer("docker-registry", (directory, port) => {
-    const config = join(directory, "config.yml");
-    const text = [
-      "version: 0.1",
-      "log: {level: error, accesslog: {disabled: true}}",
-      `storage: {filesystem: {rootdirectory: ${directory}/storage}}`,
-      `http: {addr: "127.0.0.1:${port}"${http}}`,
-      ...lines,
-    ];
-    Deno.writeTextFileSync(config, text.join("\n"));
-    return ["serve", config];
-  });
-}
-
 Deno.test({
   name: "a real registry serves schema 1, schema 2, OCI and an index, by tag and by digest",
   ignore: !hasRegistry,
   async fn(t) {
     using scratch = new Scratch();
-    await using registry = await startRegistryWith(["compatibility: {schema1: {enabled: true}}"]);
+    await using registry = await startDockerRegistry({ lines: ["compatibility: {schema1: {enabled: true}}"] });
     const [amd64, arm64] = [await makeWheelsImage("amd64"), await makeWheelsImage("arm64")];
     const copy = async (source: string, tag: string, ...args: string[]) => {
       const target = `docker://${registry.host}/ns/wheels:${tag}`;
@@ -371,10 +355,10 @@ Deno.test({
       scratch.at("ca", ca),
     ];
     const passwords = scratch.at("htpasswd", await execute(["htpasswd", "-nbBC", "5", "user", password]));
-    await using registry = await startRegistryWith(
-      [`auth: {htpasswd: {realm: test, path: ${passwords}}}`],
-      `, tls: {certificate: ${certFile}, key: ${keyFile}}`,
-    );
+    await using registry = await startDockerRegistry({
+      lines: [`auth: {htpasswd: {realm: test, path: ${passwords}}}`],
+      http: `, tls: {certificate: ${certFile}, key: ${keyFile}}`,
+    });
     const { image, filename } = await makeWheelsImage("amd64");
     const source = `oci-archive:${scratch.at("image.tar", makeOciArchive(image))}`;
     const login = ["--dest-tls-verify=false", "--dest-creds", `user:${password}`];

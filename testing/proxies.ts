@@ -249,17 +249,18 @@ export function startTinyproxy({ upstream, credentials, denied }: TinyproxyOptio
   });
 }
 
-/** Starts Debian's docker-registry without passwords, over http. */
-export function startDockerRegistry(): Promise<RunningServer> {
+/** Starts Debian's docker-registry without passwords; `http` and `lines` add to its configuration. */
+export function startDockerRegistry({ http = "", lines = [] as string[] } = {}): Promise<RunningServer> {
   return startServer("docker-registry", (directory, port) => {
     const config = join(directory, "config.yml");
-    const lines = [
+    const text = [
       "version: 0.1",
       "log: {level: error, accesslog: {disabled: true}}",
       `storage: {filesystem: {rootdirectory: ${directory}/storage}}`,
-      `http: {addr: "127.0.0.1:${port}", relativeurls: true}`,
+      `http: {addr: "127.0.0.1:${port}", relativeurls: true${http}}`,
+      ...lines,
     ];
-    Deno.writeTextFileSync(config, lines.join("\n"));
+    Deno.writeTextFileSync(config, text.join("\n"));
     return ["serve", config];
   });
 }
