@@ -109,6 +109,7 @@ const TEXT_FACTOR = 2; // of what inflates to more, decoding is the larger part 
 const LOCK_NAME = "lock";
 const JOURNAL_NAME = "journal";
 const LOCK_POLL_MS = 50;
+const MAX_BLOCKING_MS = 50; // without a look at signals, while files are published
 const YOUNG_MS = 60_000; // a staging directory as young as this may not have its lock yet
 const CONSTRAINTS = "upper-constraints.txt";
 
@@ -413,9 +414,9 @@ export interface FileInfo {
  * @throws {FetchWheelsError} of each kind but `internal`; `dest` is then unchanged
  */
 export async function fetchWheels(source: string, options: FetchWheelsOptions = {}): Promise<FetchResult> {
-  const settings = resolveOptions(options);
-  const parsed = parseSource(source);
   try {
+    const settings = await resolveOptions(options);
+    const parsed = parseSource(source);
     using client = new HttpClient(settings);
     // Opened before any request: an unusable disk is better known before half a gigabyte has been downloaded.
     using target = openTarget(settings);
@@ -435,7 +436,7 @@ export async function fetchWheels(source: string, options: FetchWheelsOptions = 
       }
     }
   } catch (error) {
-    throw toPublicError(error, settings.signal);
+    throw toPublicError(error, options.signal);
   }
 }
 
@@ -503,9 +504,9 @@ async function fetchOnce(parsed: Source, attempt: Attempt): Promise<FetchResult>
 }
 
 /** The options, validated, with every default in its place. */
-type Settings = ReturnType<typeof resolveOptions>;
+type Settings = Awaited<ReturnType<typeof resolveOptions>>;
 
-function resolveOptions(options: FetchWheelsOptions) {
+async function resolveOptions(options: FetchWheelsOptions) {
   const { layers = ["last"], include = [], exclude = [], stripComponents = 0 } = options;
   const { retries = DEFAULT_RETRIES, timeout = DEFAULT_TIMEOUT, connections = DEFAULT_CONNECTIONS } = options;
   for (const layer of layers) {
@@ -519,7 +520,7 @@ function resolveOptions(options: FetchWheelsOptions) {
   if (!(timeout > 0 && timeout <= MAX_TIMEOUT)) {
     throw usageError(`--timeout must be between 1 and ${MAX_TIMEOUT} seconds`);
   }
-  const { cache, caFile, platform } = options;
+  const { cache, caFile, platform, verifyKeys = [], signal = new AbortController().signal } = options;
   return {
     ...options,
     layers,
@@ -530,14 +531,14 @@ function resolveOptions(options: FetchWheelsOptions) {
     isPreview: Boolean(options.list || options.dryRun), // nothing is written
     platform: platform === undefined ? hostPlatform() : parsePlatform(platform),
     protocol: options.protocol ?? "detect",
-    certificates: caFile === undefined ? [] : readCertificates(caFile),
+    certificates: caFile === undefined ? [] : await readCertificates(caFile, signal),
     credentials: givenCredentials(options),
     authFiles: options.authFiles ?? [],
-    verifyKeys: (options.verifyKeys ?? []).map(readVerifyKey),
+    verifyKeys: await Promise.all(verifyKeys.map((file) => readVerifyKey(file, signal))),
     timeoutMs: timeout * 1000,
     mirrors: (options.mirrors ?? []).map(parseMirror),
     cache: cache === undefined ? undefined : resolvePath(cache),
-    signal: options.signal ?? new AbortController().signal,
+    signal,
     delay: options.delay ?? ((milliseconds, signal) => sleep(milliseconds, undefined, { signal })),
     now: options.now ?? Date.now,
     env: options.env ?? readEnvironment,
@@ -796,6 +797,13 @@ async function* chunksOf(file: Deno.FsFile, options: { path: string; size?: numb
   }
 }
 
+/** Reads a small file of the user's whole. It may be a pipe that nobody writes to, so the signal ends the wait. */
+async function readUserFile(path: string, signal: AbortSignal): Promise<Uint8Array> {
+  return await untilAborted(Deno.readFile(path), signal).catch((error) => {
+    throw toDiskError(error, `Cannot read ${quote(path)}`);
+  });
+}
+
 function writeAll(file: Deno.FsFile, bytes: Uint8Array): void {
   for (let written = 0; written < bytes.length;) written += file.writeSync(bytes.subarray(written));
 }
@@ -981,7 +989,7 @@ class CredentialFinder {
     const { credentials: given, authConfig, authFiles } = this.settings;
     if (given !== undefined) return given;
     for (const name of [...(authConfig === undefined ? [] : ["DOCKER_AUTH_CONFIG"]), ...authFiles]) {
-      const body = name === "DOCKER_AUTH_CONFIG" ? Buffer.from(authConfig ?? "") : this.#readFile(name);
+      const body = name === "DOCKER_AUTH_CONFIG" ? Buffer.from(authConfig ?? "") : await this.#readFile(name);
       if (body === undefined) continue;
       const config = parseJson(body);
       if (config === undefined) this.#warn(`ignoring ${quote(name)}: it is not a JSON object`);
@@ -995,13 +1003,14 @@ class CredentialFinder {
   }
 
   /** A file that does not exist, or that Deno may not read, is skipped silently. */
-  #readFile(path: string): Uint8Array | undefined {
-    try {
-      return isGranted({ name: "read", path }) && fs.existsSync(path) ? fs.readFileSync(path) : undefined;
-    } catch (error) {
-      this.#warn((toDiskError(error, `Cannot read ${quote(path)}`) as Error).message);
+  async #readFile(path: string): Promise<Uint8Array | undefined> {
+    const { signal } = this.settings;
+    if (!isGranted({ name: "read", path }) || !fs.existsSync(path)) return undefined;
+    return await readUserFile(path, signal).catch((error) => {
+      signal.throwIfAborted();
+      this.#warn(error.message);
       return undefined;
-    }
+    });
   }
 
   /** Runs `docker-credential-NAME get`. Each failure is a warning, and leads to an anonymous request. */
@@ -1556,20 +1565,22 @@ class Transport implements Disposable {
         const failedProxy = /\(Connect\)/.test(String((error as Error).cause)) ? proxy : undefined;
         const failure = error instanceof FetchWheelsError ? error : connectionError(url, { error, proxy: failedProxy });
         const isUntrusted = failure instanceof RequestError && failure.details.isCertificate;
-        if (!isUntrusted || !this.#extendTrust(url)) throw failure;
+        if (!isUntrusted || !await this.#extendTrust(url)) throw failure;
       }
     }
   }
 
   /** After a certificate was refused: trusts the system's certificates as well, then what only `node:https` accepts. */
-  #extendTrust({ origin }: URL): boolean {
-    const { fetch, insecure, env } = this.settings;
+  async #extendTrust({ origin }: URL): Promise<boolean> {
+    const { fetch, insecure, env, signal } = this.settings;
     if (fetch !== undefined || insecure || this.#pinned.has(origin)) return false;
     if (this.#system !== undefined) {
       this.#pinned.add(origin);
       return true;
     }
-    this.#system = readSystemCertificates(env);
+    const certificates = await readSystemCertificates(env, signal);
+    if (this.#system !== undefined) return true; // a concurrent request was faster
+    this.#system = certificates;
     for (const client of this.#clients.values()) client.close();
     this.#clients.clear();
     return true;
@@ -1799,9 +1810,9 @@ function isLoopback(hostname: string): boolean {
   return /^(?:.+\.)?localhost\.?$/i.test(host) || ["127.0.0.0/8", "::1"].some((block) => isInBlock(host, block));
 }
 
-function readCertificates(file: string): string[] {
+async function readCertificates(file: string, signal: AbortSignal): Promise<string[]> {
   if (!fs.existsSync(file)) throw usageError(`Cannot use certificates in ${quote(file)}: no such file`);
-  const text = onDisk("read", file, () => fs.readFileSync(file, "utf8"));
+  const text = new TextDecoder().decode(await readUserFile(file, signal));
   const pattern = /-----BEGIN (?:TRUSTED )?CERTIFICATE-----[^-]*(?:-----END [A-Z ]*CERTIFICATE-----)?/g;
   const blocks = text.match(pattern) ?? [];
   const fail = (state: string) => usageError(`Cannot use certificates in ${quote(file)}: ${state}`);
@@ -1824,10 +1835,10 @@ const SYSTEM_CERTIFICATES = ["/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls
   "/etc/ssl/cert.pem"];
 
 /** Reads `$SSL_CERT_FILE`, else the system's bundle, as Go and curl do. A file that Deno may not read is skipped. */
-function readSystemCertificates(env: (name: string) => string | undefined): string[] {
+async function readSystemCertificates(env: Settings["env"], signal: AbortSignal): Promise<string[]> {
   const isReadable = (path: string) => isGranted({ name: "read", path }) && fs.existsSync(path);
   const file = env("SSL_CERT_FILE") || SYSTEM_CERTIFICATES.find(isReadable);
-  return file === undefined ? [] : readCertificates(file);
+  return file === undefined ? [] : await readCertificates(file, signal);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -2715,8 +2726,9 @@ function openMembers({ kind, path }: { kind: string; path: string }, text: strin
   if (stat.isDirectory() !== isDirectory) throw fail(isDirectory ? "it is not a directory" : "it is a directory");
   if (isDirectory) {
     return (name) => {
-      fileSize(join(path, name)); // names a file that does not exist
-      return readFile(join(path, name));
+      const file = join(path, name);
+      if (fileSize(file) === undefined) throw usageError(`Cannot read ${quote(file)}: it is not a regular file`);
+      return readFile(file);
     };
   }
   if (stat.isFile()) return indexArchive(path);
@@ -3238,10 +3250,10 @@ const KEY_ALGORITHMS: Record<string, (string | null)[]> = {
   "RSA": ["sha256"], "P-256": ["sha256"], "P-384": ["sha384", "sha256"], "Ed25519": [null],
 };
 
-function readVerifyKey(file: string): VerifyKey {
+async function readVerifyKey(file: string, signal: AbortSignal): Promise<VerifyKey> {
   const fail = (state: string) => usageError(`Cannot use verification key ${quote(file)}: ${state}`);
   if (!fs.existsSync(file)) throw fail("no such file");
-  const pem = onDisk("read", file, () => fs.readFileSync(file, "utf8"));
+  const pem = new TextDecoder().decode(await readUserFile(file, signal));
   if (!pem.includes("-----BEGIN PUBLIC KEY-----")) throw fail("it has no PEM public key");
   try {
     const key = crypto.createPublicKey(pem);
@@ -4604,7 +4616,8 @@ class StagingDirectory implements Disposable {
         if (!isDead) return;
         const journal = fs.existsSync(journalFile) ? parseJson(fs.readFileSync(journalFile)) : undefined;
         // DEST may have been moved or mounted elsewhere since.
-        if (journal !== undefined) undo(path, { dest: join(directory, name), steps: journal.steps });
+        const undone = journal === undefined ? [] : undo(path, { dest: join(directory, name), steps: journal.steps });
+        for (const _ of undone);
         removeTree(path);
       });
     }
@@ -4637,7 +4650,7 @@ async function receiveTree(delivery: Delivery, root: string, settings: Settings)
   const received = describeTree(delivery.parts, extracted);
   if (received.files.length === 0) throw noFileError(delivery, received.skipped.length, settings.filter);
   using _lock = await lockDest(settings);
-  publish(root, extracted.entries, settings);
+  await publish(root, extracted.entries, settings);
   return received;
 }
 
@@ -4719,11 +4732,28 @@ async function lockDest({ dest, signal }: Settings): Promise<Deno.FsFile | undef
 }
 
 /** Moves a staged tree into DEST, completely or not at all: a new DEST with one rename, else entry by entry. */
-function publish(root: string, entries: Extracted["entries"], settings: Settings): void {
-  const { dest } = settings;
+async function publish(root: string, entries: Extracted["entries"], settings: Settings): Promise<void> {
+  const { dest, signal } = settings;
   const isNew = !fs.existsSync(dest);
   if (isNew && onDisk("publish", dest, () => isDone(() => fs.renameSync(join(root, "new"), dest)))) return;
-  perform(root, { dest, steps: planSteps(entries, settings) });
+  const journal = { dest, steps: planSteps(entries, settings) };
+  try {
+    await runInterruptibly(perform(root, journal), signal);
+  } catch (error) {
+    await runInterruptibly(undo(root, journal)); // if the process ends before all is undone, the next run goes on
+    throw error;
+  }
+}
+
+/** Runs disk operations that may take long, and lets other tasks run between them. */
+async function runInterruptibly(operations: Iterable<void>, signal?: AbortSignal): Promise<void> {
+  let resumed = performance.now();
+  for (const _ of operations) {
+    if (performance.now() - resumed < MAX_BLOCKING_MS) continue;
+    await nextTask();
+    signal?.throwIfAborted();
+    resumed = performance.now();
+  }
 }
 
 /** Directories come first, wheels next, text files last: readers of the constraints rely on the wheels. */
@@ -4766,62 +4796,94 @@ function directoryLookUp(): (path: string) => fs.Stats | undefined {
   };
 }
 
-/** Before DEST changes, a journal says how to undo the change; removing it is the moment at which the new state holds. */
-function perform(root: string, journal: Journal): void {
+/**
+ * Does the steps; yields after each. Before DEST changes, a journal says how to undo the change; removing it is the moment
+ * at which the new state holds.
+ */
+function* perform(root: string, journal: Journal): Generator<void> {
   const file = join(root, JOURNAL_NAME);
   onDisk("write", root, () => {
     fs.mkdirSync(join(root, "old"), { recursive: true });
     fs.writeFileSync(`${file}.new`, JSON.stringify({ steps: journal.steps }));
     fs.renameSync(`${file}.new`, file);
   });
-  try {
-    for (const [index, { action, path }] of journal.steps.entries()) {
-      const target = join(journal.dest, path);
-      const staged = join(root, "new", path);
-      onDisk("publish", target, () => {
-        if (action === "take") return moveEntry(target, join(root, "old", `${index}`));
-        if (action === "put") return moveEntry(staged, target);
+  for (const { action, target, staged, old, part } of locateSteps(root, journal)) {
+    try {
+      if (action === "take") yield* moveEntry({ from: target, to: old, part });
+      else if (action === "make") {
         fs.mkdirSync(target, { recursive: true });
         fs.chmodSync(target, fs.statSync(staged).mode & 0o777);
-      });
+      } else if (!isDone(() => fs.renameSync(staged, target))) {
+        fs.writeFileSync(old, ""); // says that what is at the target from here on is new
+        yield* copyEntry({ from: staged, to: target, part });
+      }
+    } catch (error) {
+      throw toDiskError(error, `Cannot publish ${quote(target)}`);
     }
-    onDisk("write", root, () => fs.rmSync(file));
-  } catch (error) {
-    undo(root, journal);
-    throw error;
+    yield;
   }
+  onDisk("write", root, () => fs.rmSync(file));
 }
 
-/** Undoes the steps in reverse. Each may have been done, or not, or in part. */
-function undo(root: string, { dest, steps }: Journal): void {
-  for (const [index, { action, path }] of [...steps.entries()].reverse()) {
-    const target = join(dest, path);
-    const staged = join(root, "new", path);
-    const old = join(root, "old", `${index}`);
-    onDisk("restore", target, () => {
-      if (action === "put") {
-        if (!lstatIfExists(staged) && lstatIfExists(target)) moveEntry(target, staged);
-      } else if (action === "make") {
+/** Undoes the steps in reverse; yields after each. Each may have been done, or not, or in part. */
+function* undo(root: string, journal: Journal): Generator<void> {
+  for (const { action, target, staged, old, part } of locateSteps(root, journal).reverse()) {
+    try {
+      fs.rmSync(join(dirname(target), part), { force: true });
+      if (action === "make") {
         if (lstatIfExists(target) && fs.readdirSync(target).length === 0) fs.rmdirSync(target);
-      } else if (lstatIfExists(old)) moveEntry(old, target);
-    });
+      } else if (action === "take") {
+        if (lstatIfExists(old)) yield* moveEntry({ from: old, to: target, part });
+      } else if (lstatIfExists(target) && (lstatIfExists(old) || !lstatIfExists(staged))) {
+        yield* moveEntry({ from: target, to: staged, part });
+      }
+    } catch (error) {
+      throw toDiskError(error, `Cannot restore ${quote(target)}`);
+    }
+    yield;
   }
   onDisk("write", root, () => fs.rmSync(join(root, JOURNAL_NAME), { force: true }));
 }
 
-/** Renames a file or a directory; copies it, entry by entry, if a rename is refused. */
-function moveEntry(from: string, to: string): void {
-  if (isDone(() => fs.renameSync(from, to))) return;
+/** Adds to each step its path in DEST, its path in the staged tree, and where what it takes away is kept. */
+function locateSteps(root: string, { dest, steps }: Journal) {
+  const part = `${basename(root)}.part`;
+  return steps.map(({ action, path }, index) => {
+    return {
+      action,
+      target: join(dest, path),
+      staged: join(root, "new", path),
+      old: join(root, "old", `${index}`),
+      part,
+    };
+  });
+}
+
+/** What to move where; `part` is the name of a file that is still being copied. */
+type Move = { from: string; to: string; part: string };
+
+/** Renames a file or a directory; copies it if a rename is refused. */
+function* moveEntry(move: Move): Generator<void> {
+  if (!isDone(() => fs.renameSync(move.from, move.to))) yield* copyEntry(move);
+}
+
+/** Moves a file, or the entries of a directory, without renaming it. */
+function* copyEntry({ from, to, part: name }: Move): Generator<void> {
   const stat = fs.lstatSync(from);
+  const part = join(dirname(to), name);
+  fs.rmSync(part, { force: true });
   if (stat.isDirectory()) {
     if (fs.mkdirSync(to, { recursive: true }) !== undefined) fs.chmodSync(to, stat.mode & 0o7777);
-    for (const name of fs.readdirSync(from)) moveEntry(join(from, name), join(to, name));
+    fs.rmSync(join(from, name), { force: true }); // of an earlier attempt
+    for (const entry of fs.readdirSync(from)) {
+      yield* moveEntry({ from: join(from, entry), to: join(to, entry), part: name });
+    }
     isDone(() => fs.rmdirSync(from)); // a mount point stays, empty
     return;
   }
-  const part = join(dirname(to), stagingName(""));
   try {
-    fs.cpSync(from, part, { preserveTimestamps: true, verbatimSymlinks: true });
+    if (stat.isSymbolicLink()) fs.symlinkSync(fs.readlinkSync(from), part);
+    else yield* copyFile(from, part);
     fs.renameSync(part, to);
   } finally {
     fs.rmSync(part, { force: true });
@@ -4832,6 +4894,21 @@ function moveEntry(from: string, to: string): void {
     fs.unlinkSync(to); // a copy is not a move
     throw error;
   }
+}
+
+/** Copies a file with its permissions and times. */
+function* copyFile(from: string, to: string): Generator<void> {
+  const { mode, atimeMs, mtimeMs } = fs.statSync(from);
+  if (fileSize(from) === undefined) throw ioError(`Cannot move ${quote(from)}: it is not a regular file`);
+  using source = Deno.openSync(from);
+  using copy = Deno.openSync(to, { write: true, createNew: true });
+  const buffer = new Uint8Array(READ_BYTES);
+  for (let length = source.readSync(buffer); length !== null; length = source.readSync(buffer)) {
+    writeAll(copy, buffer.subarray(0, length));
+    yield;
+  }
+  fs.chmodSync(to, mode & 0o7777);
+  copy.utimeSync(atimeMs / 1000, mtimeMs / 1000);
 }
 
 /** Writes a tarball as it is to a file that appears when it is complete. */
@@ -4878,8 +4955,9 @@ export interface Io extends Pick<FetchWheelsOptions, "workerUrl" | "signal"> {
   stdin: ReadableStream<Uint8Array>;
   /** Receives data: help, version, the list, the JSON, the tarball. */
   stdout: WritableStream<Uint8Array>;
-  /** Receives everything else, in whole lines; lines of progress begin with a carriage return instead. */
-  stderr(text: string): void;
+  /** Receives everything else, in whole lines; lines of progress begin with a carriage return instead. May return when
+   * the text has been written. */
+  stderr(text: string): void | Promise<void>;
   /** Returns the present width of the terminal that stderr is; undefined if it is not a terminal. */
   columns?(): number | undefined;
   /** Whether stdout is a terminal. */
@@ -4909,6 +4987,7 @@ export async function main(args: string[], io: Io): Promise<number> {
     status = EXIT_CODES[failure.kind];
     text = isJson ? `${JSON.stringify({ error: failure }, null, 2)}\n` : "";
   }
+  await output.flush(); // data on stdout comes after what was logged before
   try {
     const bytes = new TextEncoder().encode(text);
     if (bytes.length > 0) await ReadableStream.from([bytes]).pipeTo(io.stdout, { preventClose: true });
@@ -4918,6 +4997,7 @@ export async function main(args: string[], io: Io): Promise<number> {
     if (code === "EPIPE" && !isJson) return status; // a reader such as `head` that has seen enough is not a failure
     output.log(`Cannot write "stdout": ${DISK_STATES[code] ?? (error as Error).message}`);
     if (status === 0 && isJson) output.log("hint: only the JSON document was lost; everything else was done");
+    await output.flush();
     return EXIT_CODES.io;
   }
 }
@@ -4929,7 +5009,7 @@ async function runCommandLine(args: string[], { io, output }: { io: Io; output: 
   const { options } = commandLine;
   const given = commandLine.source ?? (io.env("WHEELS") || undefined);
   checkPermissions(given, options, args);
-  const source = given ?? readWheelsFile(options.wheelsFile);
+  const source = given ?? await readWheelsFile(options.wheelsFile, io);
   checkPermissions(source, options, args);
   checkSource(source);
   const fetchOptions = await toFetchOptions(options, io);
@@ -4964,6 +5044,7 @@ function describeCauses(error: unknown): string[] {
 class Output {
   #options: Partial<CommandOptions> = {};
   #timer: Disposable | undefined;
+  #written: void | Promise<void> = undefined;
   #isDrawn = false;
   #progress: { received: number; total?: number } = { received: 0 };
   #files = 0;
@@ -4990,7 +5071,12 @@ class Output {
 
   log(text: string): void {
     this.#erase();
-    this.io.stderr(`fetch_wheels: ${oneLine(text)}\n`);
+    this.#written = this.io.stderr(`fetch_wheels: ${oneLine(text)}\n`);
+  }
+
+  /** Waits until everything has been written. */
+  async flush(): Promise<void> {
+    await this.#written;
   }
 
   report(event: ProgressEvent): void {
@@ -5017,7 +5103,7 @@ class Output {
   }
 
   #erase(): void {
-    if (this.#isDrawn) this.io.stderr("\r\x1b[K");
+    if (this.#isDrawn) this.#written = this.io.stderr("\r\x1b[K");
     this.#isDrawn = false;
   }
 
@@ -5309,11 +5395,12 @@ async function readPassword(io: Io): Promise<string> {
   });
 }
 
-function readWheelsFile(file: string): string {
-  const text = onDisk("read", file, () => fs.existsSync(file) ? fs.readFileSync(file, "utf8") : undefined);
-  const line = text?.split("\n")[0]?.trim();
+async function readWheelsFile(file: string, { signal = new AbortController().signal }: Io): Promise<string> {
+  const isThere = fs.existsSync(file);
+  const text = isThere ? new TextDecoder().decode(await readUserFile(file, signal)) : "";
+  const line = text.split("\n")[0]?.trim();
   if (line) return line;
-  const action = text === undefined ? `create ${file}` : `write an image into ${file}`;
+  const action = isThere ? `write an image into ${file}` : `create ${file}`;
   throw usageError(`no image given: pass SOURCE, set $WHEELS, or ${action}`);
 }
 
@@ -5321,7 +5408,8 @@ function readWheelsFile(file: string): string {
 function rememberSource(source: string, file: string, output: Output): void {
   if (!isGranted({ name: "read", path: dirname(file) }) || !isGranted({ name: "write", path: file })) return;
   try {
-    if (fs.existsSync(dirname(file))) fs.writeFileSync(file, `${source}\n`);
+    const isPipe = statIfExists(file)?.isFile() === false; // writing to it would wait for a reader
+    if (fs.existsSync(dirname(file)) && !isPipe) fs.writeFileSync(file, `${source}\n`);
   } catch (error) {
     const { message } = toDiskError(error, `Cannot write ${quote(file)}`) as Error;
     output.log(`warning: ${message.split("\n")[0]}; the source is not remembered`);
@@ -5361,10 +5449,10 @@ function checkPermissions(source: string | undefined, options: CommandOptions, a
 }
 
 /** Reads a line from a terminal without showing it. */
-async function promptPassword(question: string): Promise<string> {
+async function promptPassword(question: string, stderr: Io["stderr"]): Promise<string> {
   Deno.stdin.setRaw(true, { cbreak: true }); // Ctrl-C still works
   try {
-    writeStderr(question);
+    stderr(question);
     const decoder = new TextDecoder();
     const buffer = new Uint8Array(1024);
     let typed = "";
@@ -5377,16 +5465,22 @@ async function promptPassword(question: string): Promise<string> {
     return typed;
   } finally {
     Deno.stdin.setRaw(false);
-    writeStderr("\n");
+    stderr("\n");
   }
 }
 
-function writeStderr(text: string): void {
-  try {
-    Deno.stderr.writeSync(new TextEncoder().encode(text));
-  } catch {
-    // A log that is closed, or on a full disk, is not a reason to fail if the wheels are right.
-  }
+/** Returns a function that writes to stderr in order, and does not block this thread while nobody reads there. */
+function openStderr(): (text: string) => Promise<void> {
+  let written = Promise.resolve();
+  return (text) => {
+    const bytes = new TextEncoder().encode(text);
+    written = written.then(async () => {
+      for (let at = 0; at < bytes.length;) at += await Deno.stderr.write(bytes.subarray(at));
+    }).catch(() => {
+      // A log that is closed, or on a full disk, is not a reason to fail if the wheels are right.
+    });
+    return written;
+  };
 }
 
 /** Aborts at the first signal, so that everything is cleaned up. A second signal, or the time, ends the process. */
@@ -5412,8 +5506,9 @@ function isOlder(version: string, minimum: string): boolean {
 if ((globalThis as { name?: string }).name === WORKER_NAME) {
   await serveExtraction();
 } else if (import.meta.main) {
+  const stderr = openStderr();
   if (isOlder(Deno.version.deno, MIN_DENO)) {
-    writeStderr(`fetch_wheels: Deno ${Deno.version.deno} is too old; the oldest that works is ${MIN_DENO}\n`);
+    await stderr(`fetch_wheels: Deno ${Deno.version.deno} is too old; the oldest that works is ${MIN_DENO}\n`);
     Deno.exit(EXIT_CODES.usage);
   }
   const { filename } = import.meta; // undefined for a module from a URL
@@ -5422,10 +5517,10 @@ if ((globalThis as { name?: string }).name === WORKER_NAME) {
     env: readEnvironment,
     stdin: Deno.stdin.readable,
     stdout: Deno.stdout.writable,
-    stderr: writeStderr,
+    stderr,
     columns: () => Deno.stderr.isTerminal() ? Deno.consoleSize().columns : undefined,
     isStdoutTerminal: Deno.stdout.isTerminal(),
-    promptPassword: Deno.stdin.isTerminal() ? promptPassword : undefined,
+    promptPassword: Deno.stdin.isTerminal() ? (question) => promptPassword(question, stderr) : undefined,
     workerUrl: isModuleReadable ? import.meta.url : undefined,
     signal: abortOnSignals(),
   });

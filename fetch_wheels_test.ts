@@ -5920,33 +5920,66 @@ for (const [name, clean, isThere] of PUBLICATIONS) {
     }
   });
 
-  Deno.test(`a run that fails restores what a killed run had moved away: ${name}`, async () => {
-    let isKilled = true;
-    for (let renames = 1; isKilled; renames++) {
-      const { scratch, source, bad, dest, before } = startPublication(isThere);
-      using _ = scratch;
-      const script = scratch.at(
-        "killed.ts",
-        `
-        import { fetchWheels } from ${JSON.stringify(PROGRAM)};
-        const { renameSync } = Deno;
-        let left = ${renames};
-        Deno.renameSync = (from, to) => {
-          if (left-- === 0) Deno.kill(Deno.pid, "SIGKILL");
-          renameSync(from, to);
-        };
-        await fetchWheels(${JSON.stringify(source)}, { dest: ${JSON.stringify(dest)}, clean: ${clean} });`,
-      );
-      const { signal, code, stderr } = await spawnDeno(["run", "--no-check", ...PERMISSIONS, script]).output();
-      Deno.removeSync(script);
-      isKilled = signal === "SIGKILL";
-      if (!isKilled) assert.equal(code, 0, new TextDecoder().decode(stderr));
-      Deno.renameSync(scratch.at("new"), scratch.at("moved"));
-      await assertFails(fetchWheels(bad, { dest: scratch.at("moved/dest"), clean }), "integrity");
-      Deno.renameSync(scratch.at("moved"), scratch.at("new"));
-      if (isKilled) assert.deepEqual(snapshot(scratch.path), before, `killed after ${renames} renames`);
-      else assert.deepEqual(contents(dest), expected);
+  Deno.test(`a run that fails restores what a killed run had moved away: ${name}`, async (t) => {
+    for (const isCopied of [false, true]) {
+      let isKilled = true;
+      for (let changes = 1; isKilled; changes++) {
+        await t.step(`${isCopied ? "copies" : "renames"}, killed before change ${changes}`, async () => {
+          const { scratch, source, bad, dest, before } = startPublication(isThere);
+          using _ = scratch;
+          const script = scratch.at(
+            "killed.ts",
+            `
+            import { fetchWheels } from ${JSON.stringify(PROGRAM)};
+            const { renameSync, removeSync } = Deno;
+            let left = ${changes};
+            const count = () => left-- === 0 && Deno.kill(Deno.pid, "SIGKILL");
+            Deno.removeSync = (path, options) => {
+              count();
+              removeSync(path, options);
+              if (/\\/journal$/.test(path)) left = Infinity; // the new state holds
+            };
+            Deno.renameSync = (from, to) => {
+              count();
+              const isStaged = /fetch_wheels-[^/]*\\/(?:new|old)(?:\\/| |$)/.test(from + " " + to);
+              const isPart = from.endsWith(".part");
+              if (${isCopied} && isStaged && !isPart) throw Object.assign(new Error("refused"), { code: "EXDEV" });
+              renameSync(from, to);
+              if (to === ${JSON.stringify(dest)}) left = Infinity;
+            };
+            await fetchWheels(${JSON.stringify(source)}, { dest: ${JSON.stringify(dest)}, clean: ${clean} });`,
+          );
+          const { signal, code, stderr } = await spawnDeno(["run", "--no-check", ...PERMISSIONS, script]).output();
+          Deno.removeSync(script);
+          isKilled = signal === "SIGKILL";
+          if (!isKilled) assert.equal(code, 0, new TextDecoder().decode(stderr));
+          Deno.renameSync(scratch.at("new"), scratch.at("moved"));
+          await assertFails(fetchWheels(bad, { dest: scratch.at("moved/dest"), clean }), "integrity");
+          Deno.renameSync(scratch.at("moved"), scratch.at("new"));
+          // Of a new DEST that could not be renamed into place, the directory stays.
+          if (isKilled && isCopied && !isThere) Deno.mkdirSync(scratch.at("new/dest"), { recursive: true });
+          const restored = isCopied && !isThere ? { ...before, "new/dest": "directory 755" } : before;
+          if (isKilled) assert.deepEqual(snapshot(scratch.path), restored);
+          else assert.deepEqual(contents(dest), expected);
+        });
+      }
     }
+  });
+
+  Deno.test(`a signal ends a publication that copies: ${name}`, async () => {
+    const { scratch, source, dest, before } = startPublication(isThere);
+    using _ = scratch;
+    let copies = 0;
+    const controller = new AbortController();
+    using _rename = stub(Deno, "renameSync", (rename) => (from, to) => {
+      const isCopy = /\.part$/.test(`${from}`);
+      if (isCopy && ++copies === 2) controller.abort(new Error("enough"));
+      for (const started = performance.now(); isCopy && performance.now() - started < 60;);
+      if (!isCopy && /fetch_wheels-[^/]*\/(?:new|old)(?:\/| |$)/.test(`${from} ${to}`)) throw systemError("EXDEV");
+      return rename(from, to);
+    });
+    await assert.rejects(fetchWheels(source, { dest, clean, signal: controller.signal }), /enough/);
+    assert.deepEqual(snapshot(scratch.path), before);
   });
 }
 
@@ -6118,6 +6151,24 @@ Deno.test({
         }
         assert(failures >= (output === undefined ? 3 : 1), `${failures}`);
       });
+    }
+  },
+});
+
+Deno.test({
+  name: `a full disk that is mounted in DEST leaves DEST unchanged${mountHint}`,
+  ignore: !canMount,
+  async fn() {
+    const wheels = [{ name: "sub/a.whl" }, { name: "sub/b.whl", data: "x".repeat(2 << 20) }, { name: "c.whl" }];
+    for (const clean of [false, true]) {
+      using scratch = new Scratch();
+      const source = scratch.at("layer.tar", await makeTar(wheels));
+      using _ = new Mount(scratch.at("dest/sub"), "-t", "tmpfs", "-o", "size=1m", "none");
+      for (const name of ["c.whl", "sub/a.whl", "sub/deep/old.whl"]) scratch.at(`dest/${name}`, "old");
+      const before = snapshot(scratch.at("dest"));
+      const { message } = await assertFails(fetchWheels(source, { dest: scratch.at("dest"), clean }), "io");
+      assert.match(message, /no space/);
+      assert.deepEqual(snapshot(scratch.at("dest")), before);
     }
   },
 });
@@ -6319,6 +6370,7 @@ interface Wait {
   env?: Record<string, string>;
   script?: string;
   hasBegun?: () => boolean;
+  isSilent?: boolean; // nobody can read what it writes
 }
 
 /** A registry that fails each request for the layer in this way. */
@@ -6381,7 +6433,40 @@ const WAITS: Record<string, (scratch: Scratch, cleanup: AsyncDisposableStack) =>
   "a pipe as output": (scratch) => {
     return { args: ["-o", "pipe", scratch.at("layer.tar", layerOf("a.whl"))], script: 'mkfifo pipe; exec "$@"' };
   },
+  "a pipe as --ca-file": () => ({ args: ["--ca-file", "pipe", "ns/name"], script: 'mkfifo pipe; exec "$@"' }),
+  "a pipe as --verify-key": () => ({ args: ["--verify-key", "pipe", "ns/name"], script: 'mkfifo pipe; exec "$@"' }),
+  "a pipe as --wheels-file": () => ({ args: ["--wheels-file", "pipe"], script: 'mkfifo pipe; exec "$@"' }),
+  "a pipe with credentials": (_, cleanup) => {
+    const registry = cleanup.use(startRegistry({ auth: "basic", users: { user: "secret" } }));
+    const args = [serveLayer(registry, gzip(layerOf("a.whl")))];
+    const hasBegun = () => registry.requests.length > 0;
+    return { args, env: { REGISTRY_AUTH_FILE: "pipe" }, script: 'mkfifo pipe; exec "$@"', hasBegun };
+  },
+  "a TLS handshake": (_, cleanup) => {
+    const { port, connections } = listenSilently(cleanup);
+    const args = ["--protocol", "https", `127.0.0.1:${port}/ns/name`];
+    return { args, hasBegun: () => connections.length > 0 };
+  },
+  "a TLS handshake with --insecure": (_, cleanup) => {
+    const { port, connections } = listenSilently(cleanup);
+    const args = ["--protocol", "https", "--insecure", `127.0.0.1:${port}/ns/name`];
+    return { args, hasBegun: () => connections.length > 0 };
+  },
+  "stderr": () => {
+    const fill = "head -c 65536 /dev/zero >&2";
+    return { args: ["./pipe"], script: `mkfifo pipe err; exec 2<>err; ${fill}; exec "$@"`, isSilent: true };
+  },
 };
+
+/** Accepts connections, and sends nothing. */
+function listenSilently(cleanup: AsyncDisposableStack): { port: number; connections: Deno.Conn[] } {
+  const listener = cleanup.use(Deno.listen({ hostname: "127.0.0.1", port: 0 }));
+  const connections: Deno.Conn[] = [];
+  (async () => {
+    for await (const connection of listener) connections.push(cleanup.use(connection));
+  })();
+  return { port: (listener.addr as Deno.NetAddr).port, connections };
+}
 
 /** Reports whether a process handles SIGINT; without /proc, it is taken to after a second. */
 async function handlesSignals(pid: number): Promise<boolean> {
@@ -6410,7 +6495,7 @@ Deno.test("a signal ends the program within two seconds, whatever it waits for",
       using scratch = new Scratch();
       await using cleanup = new AsyncDisposableStack();
       scratch.at("work/dest/old.whl", "old");
-      const { args, env, script = 'exec "$@"', hasBegun = () => true } = await start(scratch, cleanup);
+      const { args, env, script = 'exec "$@"', hasBegun = () => true, isSilent } = await start(scratch, cleanup);
       const before = snapshot(scratch.at("work/dest"));
       const target = args.some((arg) => /^(?:-o|--list)$/.test(arg)) ? [] : ["-d", "dest"];
       const protocol = args.includes("--protocol") ? [] : ["--protocol", "http"];
@@ -6421,12 +6506,14 @@ Deno.test("a signal ends the program within two seconds, whatever it waits for",
       await new Promise((resolve) => setTimeout(resolve, 100)); // so that it waits, and not only begins to
       const started = performance.now();
       sent.forEach((signal) => child.kill(signal));
+      const killer = setTimeout(() => child.kill("SIGKILL"), 5000);
       const { code, stderr } = await child.output();
+      clearTimeout(killer);
       const text = new TextDecoder().decode(stderr);
       assert(performance.now() - started < 2000, `${performance.now() - started} ms: ${text}`);
       assert(sent.map((signal) => codes[signal]).includes(code as 130), `${code}: ${text}`);
       if (sent.length > 1) return;
-      assert.match(text, new RegExp(sent[0] ?? ""));
+      if (!isSilent) assert.match(text, new RegExp(sent[0] ?? ""));
       assert.deepEqual(snapshot(scratch.at("work/dest")), before);
       const left = [...Deno.readDirSync(scratch.at("work"))].map(({ name }) => name).filter((name) =>
         name.startsWith(".")
