@@ -74,6 +74,7 @@ const MAX_MANIFEST_BYTES = 4 * 1024 * 1024; // the distribution specification le
 const MAX_TOKEN_BYTES = 1024 * 1024;
 const MAX_ERROR_BYTES = 64 * 1024; // of the body of an error response
 const MAX_SHOWN = 300; // characters of a name in a message
+const MAX_PAGES = 100; // of a list of referrers
 const MAX_INDEX_DEPTH = 5;
 const DEFAULT_TOKEN_SECONDS = 60; // of a token whose answer does not say, by the token specification
 const MAX_LINKS = 40; // as in Linux: a path through more symbolic links is a loop
@@ -356,7 +357,7 @@ export type SignatureFormat = "bundle" | "simplesigning";
 
 /** What was done; the same as the document of `--json`. */
 export interface FetchResult {
-  /** The source as it was given. */
+  /** The source as it was given; of a URL, neither password nor query. */
   source: string;
   /** The image, or null for a tarball or an image on disk. */
   image: { registry: string; repository: string; tag: string | null; digest: string | null } | null;
@@ -485,7 +486,7 @@ async function fetchOnce(parsed: Source, attempt: Attempt): Promise<FetchResult>
   const manifest = resolved?.isSynthetic ? undefined : resolved?.manifest;
   const { registry = "", repository = "", tag, digest }: Partial<ImageReference> = resolved?.image ?? {};
   return {
-    source,
+    source: label,
     image: origin.kind === "registry" ? { registry, repository, tag: tag ?? null, digest: digest ?? null } : null,
     platform,
     resolved: manifest && resolved ? resolved.named : null,
@@ -1892,10 +1893,18 @@ class Registry implements ImageStore {
     return new BlobDownload(this.http, options).bytes(offset);
   }
 
-  async referrers(digest: string): Promise<Uint8Array | undefined> {
+  async referrers(digest: string): Promise<Descriptor[]> {
     const options = { headers: { accept: INDEX_TYPES.join(", ") }, expected: [400, 404, 405] };
-    const { response, body } = await this.#getDocument(`referrers/${digest}`, options);
-    return response.isOk ? body : undefined;
+    const found: Descriptor[] = [];
+    let query: string | undefined = "";
+    for (let page = 0; page < MAX_PAGES && query !== undefined; page++) {
+      const { response, body } = await this.#getDocument(`referrers/${digest}${query}`, options);
+      const list = response.isOk ? parseJson(body)?.manifests : [];
+      found.push(...Array.isArray(list) ? list : []);
+      const [, next] = /<([^>]*)>\s*;[^,]*\brel="?next\b/i.exec(response.headers.get("link") ?? "") ?? [];
+      query = next === undefined ? undefined : URL.parse(next, response.url)?.search;
+    }
+    return found;
   }
 
   #getDocument(path: string, options: Omit<GetOptions, "budget">): ReturnType<HttpClient["readDocument"]> {
@@ -2495,8 +2504,8 @@ interface ImageStore {
   manifest(reference: string, role?: "signature"): Promise<ManifestAnswer>;
   /** Yields a blob from an offset on, which is 0 except in a registry or a mirror. */
   blob(descriptor: Descriptor, offset: number): Bytes;
-  /** Returns an index of the manifests that refer to this digest; undefined if the store does not have that. */
-  referrers(digest: string): Promise<Uint8Array | undefined>;
+  /** Returns the manifests that refer to this digest, as far as the store can list them. */
+  referrers(digest: string): Promise<Descriptor[]>;
 }
 
 /** Where the bytes come from: a store with an image, or a tarball. */
@@ -2572,7 +2581,7 @@ function withMirrors(mirrors: Mirror[], { registry, image, settings, suspects }:
   const skip = (mirror: Mirror, error: unknown, role?: "signature") => {
     settings.signal.throwIfAborted();
     if (!(error instanceof FetchWheelsError)) throw error;
-    if (role === "signature" && error.kind === "not-found") return;
+    if (role === "signature" && ["not-found", "auth"].includes(error.kind)) return;
     if (error instanceof RequestError || error.kind === "integrity") usable.delete(mirror);
     settings.report({ type: "warning", message: `skipping mirror ${displayOrigin(mirror.url)}: ${error.message}` });
   };
@@ -2617,7 +2626,11 @@ function withMirrors(mirrors: Mirror[], { registry, image, settings, suspects }:
       yield* registry.blob(descriptor, at);
     },
     async referrers(digest) {
-      return await ask((store) => store.referrers(digest)) ?? await registry.referrers(digest);
+      const listed = async (store: ImageStore) => {
+        const found = await store.referrers(digest);
+        return found.length > 0 ? found : undefined;
+      };
+      return await ask(listed, "signature") ?? await registry.referrers(digest);
     },
   };
 }
@@ -2823,10 +2836,9 @@ function layoutStore(open: MemberOpener, text: string): ImageStore {
       for (const entry of await readIndex()) {
         if (!DIGEST.test(String(entry?.digest))) continue;
         const manifest = parseJson(await readBlob(entry.digest));
-        if (manifest?.subject?.digest === digest) found.push({ artifactType: manifest.artifactType, ...entry });
+        if (manifest?.subject?.digest === digest) found.push(entry);
       }
-      const index = { mediaType: INDEX_TYPES[0], manifests: found };
-      return found.length === 0 ? undefined : Buffer.from(JSON.stringify(index));
+      return found;
     },
   };
 }
@@ -2876,7 +2888,7 @@ function dockerArchiveStore(open: MemberOpener, text: string): ImageStore {
   return {
     manifest: async () => ({ body: await readManifest() }),
     blob: ({ digest }) => open(files.get(digest) ?? digest),
-    referrers: () => Promise.resolve(undefined),
+    referrers: () => Promise.resolve([]),
   };
 }
 
@@ -3340,10 +3352,9 @@ async function* storedSignatures(
   };
   const read = async (reference: string) => await attempt(readExisting(reference)) ?? {};
   // Without the referrers API, the index has a tag.
-  const readReferrers = async () => parseJson(await store.referrers(digest))?.manifests;
-  for (const list of [readReferrers, async () => (await read(tag)).entries]) {
-    for (const entry of [await attempt(list())].flat()) {
-      if (!DIGEST.test(entry?.digest) || !MANIFEST_TYPES.includes(entry.mediaType)) continue;
+  for (const list of [() => store.referrers(digest), async () => (await read(tag)).entries]) {
+    for (const entry of await attempt(list()) ?? []) {
+      if (!DIGEST.test(entry?.digest) || !MANIFEST_TYPES.includes(entry.mediaType ?? "")) continue;
       // The artifact type in an index is not reliable, so each manifest is read.
       const { artifactType, layers: [layer] = [] } = await read(entry.digest);
       const isBundle = [artifactType, layer?.mediaType].some((type) => String(type).startsWith(BUNDLE_TYPE));
@@ -5404,12 +5415,17 @@ async function readWheelsFile(file: string, { signal = new AbortController().sig
   throw usageError(`no image given: pass SOURCE, set $WHEELS, or ${action}`);
 }
 
-/** Leaves the source for the next step of the build, as LOCI does. The wheels are there, so a failure is only a warning. */
+/**
+ * Leaves the source for the next step of the build, as LOCI does, but no password, because the file becomes part of the
+ * image. The wheels are there, so a failure is only a warning.
+ */
 function rememberSource(source: string, file: string, output: Output): void {
   if (!isGranted({ name: "read", path: dirname(file) }) || !isGranted({ name: "write", path: file })) return;
+  const url = URL.parse(source);
+  const kept = url?.username || url?.password ? withoutUser(url).href : source;
   try {
-    const isPipe = statIfExists(file)?.isFile() === false; // writing to it would wait for a reader
-    if (fs.existsSync(dirname(file)) && !isPipe) fs.writeFileSync(file, `${source}\n`);
+    const isPipe = statIfExists(file)?.isFIFO() ?? false; // writing to it would wait for a reader
+    if (fs.existsSync(dirname(file)) && !isPipe) fs.writeFileSync(file, `${kept}\n`);
   } catch (error) {
     const { message } = toDiskError(error, `Cannot write ${quote(file)}`) as Error;
     output.log(`warning: ${message.split("\n")[0]}; the source is not remembered`);

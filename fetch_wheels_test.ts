@@ -3048,10 +3048,13 @@ Deno.test("a URL's password and query are sent to its own server only, and never
     await t.step(path, async () => {
       using scratch = new Scratch();
       seen.length = 0;
-      const { code, stderr } = await run(["-v", "-d", scratch.at("dest"), at(path)]);
+      const wheels = scratch.at("loci/wheels", "");
+      const args = ["-v", "--json", "--wheels-file", wheels, "-d", scratch.at("dest"), at(path)];
+      const { code, stdout, stderr } = await run(args);
       assert.equal(code, 0, stderr);
       assert.deepEqual(contents(scratch.at("dest")), GOOD_CONTENTS);
-      assert.doesNotMatch(stderr, /S3CRET|pa%20ss|pa ss/);
+      assert.doesNotMatch(stdout + stderr, /S3CRET|pa%20ss|pa ss/);
+      assert.equal(Deno.readTextFileSync(wheels), `${at(path).replace(/user.*@/, "")}\n`);
       for (const { port, authorization } of seen) {
         assert.equal(authorization, port === site.addr.port ? `Basic ${btoa("user:pa ss")}` : null);
       }
@@ -4446,6 +4449,17 @@ Deno.test("verifyKeys finds the right signature among others", async (t) => {
       await assertFails(extract(unsigned, { verifyKeys: [keyFile()], dryRun: true }), kind, /^(?!.*no signature)/);
     });
   }
+  await t.step("a signature on the last page of the referrers", async () => {
+    const signatures = ["first", "second"].map((owner) => sign(keyOf("P-256", owner))).concat(sign(ours));
+    const options = { referrers: { pageSize: 1 } };
+    await using registry = serveSigned({ format: "bundle", signatures, options });
+    const { verified } = await extract(registry, { verifyKeys: [keyFile()], dryRun: true });
+    assert.equal(verified?.digest, INDEX.digest);
+    assert.equal(paths(registry, "referrers").length, 3);
+    registry.requests.length = 0;
+    await assertUnsigned(registry, /key.*other\.pem/, { verifyKeys: [keyFile(keyOf("P-256", "other"), "other.pem")] });
+    assert.equal(paths(registry, "referrers").length, 4, "three pages of the index, one of the image");
+  });
   await t.step("a second layer of simple signing", async () => {
     const [first, second] = [sign(theirs, {}, "simplesigning"), sign(ours, {}, "simplesigning")];
     const both = JSON.parse(new TextDecoder().decode(first.manifest));

@@ -104,10 +104,11 @@ export interface RegistryOptions {
   storage?: boolean | StorageOptions;
   /**
    * Answer `/referrers/`; without it the answer is 404, as before version 1.1 of the distribution specification. An
-   * artifact type stands in every entry instead of the manifest's own, as GHCR's does.
+   * artifact type stands in every entry instead of the manifest's own, as GHCR's does. A page size splits the list, and
+   * each page links to the next one.
    * @default true
    */
-  referrers?: boolean | { artifactType: string };
+  referrers?: boolean | { artifactType?: string; pageSize?: number };
   /** Certificate and key in PEM, for all origins. */
   tls?: Certificate;
   /** Called first; a response that it returns is the answer. */
@@ -347,15 +348,24 @@ export class TestRegistry implements AsyncDisposable {
   /** Lists the manifests with this subject, in an index that may be empty (specification, "Listing Referrers"). */
   #answerReferrers(request: Request, { name, reference, faults }: ManifestRequest): Response {
     if (!this.hasReferrers) return apiError(404, "NOT_FOUND", "page not found");
-    const filter = new URL(request.url).searchParams.get("artifactType");
+    const { referrers } = this.#options;
+    const { searchParams } = new URL(request.url);
+    const filter = searchParams.get("artifactType");
     const stored = new Map([...this.#manifests.get(name) ?? []].map(([, it]) => [sha256(it.bytes), it]));
-    const manifests = [...stored].flatMap(([digest, it]) => this.#referrerEntry(digest, it, reference))
+    const all = [...stored].flatMap(([digest, it]) => this.#referrerEntry(digest, it, reference))
       .filter(({ artifactType }) => filter === null || artifactType === filter);
+    const start = Number(searchParams.get("from"));
+    const { pageSize = all.length } = typeof referrers === "object" ? referrers : {};
+    const manifests = all.slice(start, start + pageSize);
     const mediaType = "application/vnd.oci.image.index.v1+json";
     const bytes = new TextEncoder().encode(JSON.stringify({ schemaVersion: 2, mediaType, manifests }));
     const content = { bytes, mediaType, digest: sha256(bytes), ranges: false };
     const response = deliver(request, content, { faults, closing: this.#closing.signal });
     response.headers.delete("docker-content-digest");
+    const next = start + pageSize;
+    if (next < all.length) {
+      response.headers.set("link", `</v2/${name}/referrers/${reference}?from=${next}>; rel="next"`);
+    }
     if (filter !== null) response.headers.set("oci-filters-applied", "artifactType");
     return response;
   }
@@ -365,7 +375,7 @@ export class TestRegistry implements AsyncDisposable {
     if (manifest.subject?.digest !== subject) return [];
     const { referrers } = this.#options;
     const own = manifest.artifactType ?? manifest.config?.mediaType;
-    const artifactType = typeof referrers === "object" ? referrers.artifactType : own;
+    const artifactType = (typeof referrers === "object" ? referrers.artifactType : undefined) ?? own;
     return [{ mediaType, digest, size: bytes.length, artifactType, annotations: manifest.annotations }];
   }
 
