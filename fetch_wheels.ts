@@ -4467,13 +4467,14 @@ function toTarget(receive: Target["receive"], staging?: StagingDirectory): Targe
 function assertCleanable(dest: string, home: string | undefined): void {
   const real = (path: string) => onDisk("use", path, () => fs.existsSync(path) ? fs.realpathSync(path) : path);
   const path = real(dest);
-  const working = real(process.cwd());
-  const states = new Map([[working, "the working directory"], ["/", "the root directory"]]);
-  if (home) states.set(real(home), "the home directory");
-  const state = states.get(path) ?? (working.startsWith(`${path}/`) ? "a parent of the working directory" : undefined);
-  if (state === undefined) return;
-  const message = `Cannot clean ${quote(dest)}: it is ${state}`;
-  throw new FetchWheelsError("unsafe", message, { hint: "choose another --dest" });
+  const places = [["the root directory", "/"], ["the working directory", process.cwd()], ["the home directory", home]];
+  for (const [name, place] of places) {
+    const other = place && real(place);
+    if (!other || other !== path && !other.startsWith(`${path}/`)) continue;
+    const state = other === path ? name : `a parent of ${name}`;
+    const message = `Cannot clean ${quote(dest)}: it is ${state}`;
+    throw new FetchWheelsError("unsafe", message, { hint: "choose another --dest" });
+  }
 }
 
 /** The manifest of an image proves that it exists; for a tarball, its first bytes do. */

@@ -6247,17 +6247,18 @@ Deno.test("--clean refuses what is more than a directory of wheels; --dry-run na
   using scratch = new Scratch();
   const source = scratch.at("layer.tar", layerOf("a.whl"));
   scratch.at("home/work/sub/old.whl", "old");
-  scratch.at("elsewhere/old.whl", "old");
+  scratch.at("elsewhere/me/old.whl", "old");
   Deno.symlinkSync("home", scratch.at("link"));
   const before = snapshot(scratch.path);
   const previous = Deno.cwd();
   using _ = { [Symbol.dispose]: () => Deno.chdir(previous) };
   Deno.chdir(scratch.at("home/work"));
-  const dests = [".", "..", "../../home/work", "../..", "../../link", "../../link/work", "/", scratch.at("elsewhere")];
+  const dests = [".", "..", "../../home/work", "../..", "../../link", "../../link/work", "/"];
+  dests.push(scratch.at("elsewhere"), scratch.at("elsewhere/me"));
   for (const dest of dests) {
     await t.step(dest.replace(scratch.path, "$HOME"), async () => {
       for (const more of [[], ["--dry-run"]]) {
-        const env = { HOME: scratch.at("elsewhere") };
+        const env = { HOME: scratch.at("elsewhere/me") };
         const { code, lines } = await run(["--clean", ...more, "-d", dest, source], { env });
         assert.equal(code, 7, lines.join("\n"));
         assert.match(lines[0] ?? "", /Cannot clean/);
