@@ -7356,9 +7356,12 @@ Deno.test("README: the option table names the flags and variables of --help, and
   const flagsIn = (text: string) => [...text.matchAll(/(?<![\w-])--?[a-zA-Z][a-z-]*/g)].map(([flag]) => flag).sort();
   assert.deepEqual(flagsIn(rows.map(([flags]) => flags).join()), flagsIn(help.map((text) => text.slice(0, 33)).join()));
   for (const text of help) {
-    const [, flag = "", variable = ""] = /(--[a-z-]+).*\(\$([A-Z_]+)\)/s.exec(text) ?? [];
-    const row = rows.find(([flags = ""]) => flagsIn(flags).includes(flag));
-    assert.equal(row?.[2] ?? "", variable && `\`${variable}\``, text);
+    const [flag = ""] = /--[a-z-]+/.exec(text) ?? [];
+    const [, variable = ""] = /\(\$([A-Z_]+)\)/.exec(text) ?? [];
+    const [, value = ""] = /\bdefault:\s+"?([^;)]*?)"?\)/.exec(text) ?? [];
+    const [, , named = "", standard = ""] = rows.find(([flags = ""]) => flagsIn(flags).includes(flag)) ?? [];
+    if (flag !== "--password-stdin") assert.equal(named, variable && `\`${variable}\``, text);
+    if (value !== "none") assert.equal(standard.split(";")[0]?.replaceAll("`", ""), value, text);
   }
 });
 
