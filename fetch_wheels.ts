@@ -4022,6 +4022,9 @@ interface TreeEntry {
 /** What archives left in a tree, by paths, parents before children; and what was skipped. */
 type Extracted = { entries: Map<string, TreeEntry>; skipped: FetchResult["skipped"] };
 
+/** A path in the tree, and in the archive. */
+type Place = { path: string; source: string };
+
 type FileMember = Extract<ArchiveMember, { kind: "file" }>;
 
 /** Applies the members of one archive after the other, and lets none of them lead out of the tree. */
@@ -4089,7 +4092,7 @@ class TreeBuilder {
         this.#skipped.push({ path: member.source, reason: WHITEOUT });
         return;
       case "directory":
-        this.#makeParents(member.path);
+        this.#makeParents(member);
         return this.#makeDirectory(member.path, member);
       case "file":
         return await this.#addFile(member);
@@ -4097,14 +4100,14 @@ class TreeBuilder {
         return this.#addHardLink(member);
       case "symbolic link": {
         const { kind, path, source, target } = member;
-        this.#makeRoom(path);
+        this.#makeRoom(member);
         this.#set(path, { kind, target, size: 0, digest: null, source, layer: this.#layer });
       }
     }
   }
 
   async #addFile(member: FileMember, digest: string | null = null): Promise<void> {
-    this.#makeRoom(member.path);
+    this.#makeRoom(member);
     const size = this.root === undefined ? member.size : await this.#writeFile(join(this.root, member.path), member);
     this.#set(member.path, { kind: "file", size, digest, source: member.source, layer: this.#layer });
   }
@@ -4119,7 +4122,7 @@ class TreeBuilder {
     const from = this.#bySource.get(target) ?? "";
     const entry = this.#entries.get(from);
     if (entry === undefined || entry.kind === "directory" || from === path) throw this.#linkError(source, target);
-    this.#makeRoom(path);
+    this.#makeRoom({ path, source });
     if (!this.#entries.has(from)) throw this.#linkError(source, target); // it was in a directory that had to go
     const isFile = entry.kind === "file";
     if (isFile) this.#change("create", path, (full) => Deno.linkSync(join(this.root ?? "", from), full));
@@ -4145,7 +4148,7 @@ class TreeBuilder {
     }
   }
 
-  #makeParents(path: string): void {
+  #makeParents({ path, source }: Place): void {
     for (let slash = path.indexOf("/"); slash > 0; slash = path.indexOf("/", slash + 1)) {
       const parent = path.slice(0, slash);
       const entry = this.#entries.get(parent);
@@ -4154,7 +4157,8 @@ class TreeBuilder {
         if (entry.kind === "file") throw damageError(path, `${quote(parent)} is an earlier file in the archive`);
         throw unsafeError(path, `it would be written through the symbolic link ${quote(parent)}`);
       }
-      this.#makeDirectory(parent, { source: parent, mode: 0o755 });
+      // The path is the end of the source, from which leading components were dropped.
+      this.#makeDirectory(parent, { source: source.slice(0, slash - path.length), mode: 0o755 });
     }
   }
 
@@ -4174,8 +4178,8 @@ class TreeBuilder {
   }
 
   /** Makes the parents, and removes what is at the path: of several members of one name, the last one wins. */
-  #makeRoom(path: string): void {
-    this.#makeParents(path);
+  #makeRoom({ path, source }: Place): void {
+    this.#makeParents({ path, source });
     const entry = this.#entries.get(path);
     if (entry?.kind === "directory") {
       if (entry.layer === this.#layer) throw damageError(path, "it is not a directory, but it was one before");

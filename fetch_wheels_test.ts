@@ -5506,10 +5506,10 @@ Deno.test("thousands of members that replace each other take no longer than othe
 
 Deno.test("whiteouts are applied before --include and --strip-components", async () => {
   await using registry = serveLayers([
-    "wheels/a.whl wheels/b.whl old/c.whl etc/passwd",
+    "wheels/a.whl wheels/b.whl old/deep/c.whl etc/passwd",
     "wheels/.wh.b.whl .wh.old wheels/d.whl bin/sh",
   ]);
-  const include = ["wheels/*.whl", "old/*.whl"];
+  const include = ["wheels/*.whl", "old/**"];
   const { tree } = await extractAll(registry, { include, stripComponents: 1 });
   assert.deepEqual(tree, { "a.whl": "wheels/a.whl", "d.whl": "wheels/d.whl" });
   const { files } = await extractAll(registry, { include: ["*", ".*"] });
