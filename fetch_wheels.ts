@@ -69,10 +69,12 @@ const TOTAL_RETRIES_FACTOR = 20; // bounds the failures of a whole download, as 
 const RETRY_REPORT_MS = 1000; // retries of several connections within this time are reported once
 const DOCUMENT_TIMEOUT_FACTOR = 4; // a small document may take this many times the timeout in all
 const MAX_REDIRECTS = 10;
+const MAX_CHALLENGES = 10; // that are answered for one request, which may be redirected each time
 
 const MAX_MANIFEST_BYTES = 4 * 1024 * 1024; // the distribution specification lets registries refuse larger ones
 const MAX_TOKEN_BYTES = 1024 * 1024;
 const MAX_ERROR_BYTES = 64 * 1024; // of the body of an error response
+const MAX_WORDS = 4096; // characters of a server's error that are searched for secrets
 const MAX_SHOWN = 300; // characters of a name in a message
 const MAX_PAGES = 100; // of a list of referrers
 const MAX_INDEX_DEPTH = 5;
@@ -456,7 +458,6 @@ function suspectedMirrors(suspects: Suspects): URL[] {
   return mirrors.length < suspects.size ? [] : mirrors;
 }
 
-/** What one attempt needs. */
 type Attempt = SourceOptions & { source: string; target: Target };
 
 async function fetchOnce(parsed: Source, attempt: Attempt): Promise<FetchResult> {
@@ -625,8 +626,8 @@ function displayUrl(url: URL): string {
 /** Removes user information and queries from all URLs in a text. */
 function withoutSecrets(text: string): string {
   return text
-    .replace(/([a-z][a-z0-9+.-]*:\/\/)[^\s/"'@]*@/gi, "$1")
-    .replace(/([a-z][a-z0-9+.-]*:\/\/[^\s?"')]*)\?[^\s")]*/gi, "$1?…");
+    .replace(/:\/\/[^\s/]*@/g, "://")
+    .replace(/(:\/\/[^\s?"')]*)\?[^\s")]*/g, "$1?…");
 }
 
 function withoutUser(url: URL): URL {
@@ -650,8 +651,10 @@ function parseJson(bytes: Uint8Array | undefined): JsonObject | undefined {
 }
 
 function parseJsonValue(bytes: Uint8Array | undefined): unknown {
+  // Without these keys, each value can be converted to text.
+  const dropConversions = (key: string, value: unknown) => ["toString", "valueOf"].includes(key) ? undefined : value;
   try {
-    return JSON.parse(new TextDecoder("utf-8", { fatal: true }).decode(bytes ?? new Uint8Array()));
+    return JSON.parse(new TextDecoder("utf-8", { fatal: true }).decode(bytes ?? new Uint8Array()), dropConversions);
   } catch {
     return undefined; // the caller names what is not JSON
   }
@@ -814,6 +817,7 @@ function writeAll(file: Deno.FsFile, bytes: Uint8Array): void {
 // ---------------------------------------------------------------------------------------------------------------------
 
 const DIGEST = /^(?:sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128})$/;
+const MAX_REFERENCE = 1024; // characters; a host, a name, a tag and a digest together have fewer
 const DIGEST_RULE = "the digest must be sha256: and 64, or sha512: and 128 lower-case hexadecimal digits";
 const TAG = /^[A-Za-z0-9_][A-Za-z0-9._-]{0,127}$/;
 const TAG_RULE = 'a tag has 1 to 128 letters, digits, "_", "." and "-", and does not begin with "." or "-"';
@@ -831,7 +835,8 @@ type Source =
 function parseSource(text: string): Source {
   if (/^https?:\/\//i.test(text)) {
     if (URL.canParse(text)) return { kind: "url", url: new URL(text) };
-    throw usageError(`Cannot parse URL ${quote(withoutSecrets(text.split("?")[0] ?? ""))}: it is not valid`);
+    const shown = withoutSecrets((text.split("?")[0] ?? "").replace(/\/\/.*@/s, "//")); // a password may contain "/"
+    throw usageError(`Cannot parse URL ${quote(shown)}: it is not valid`);
   }
   if (/^\.{0,2}\//.test(text)) return { kind: "file", path: text };
   const [, kind, path, tag] = /^(oci|oci-archive|docker-archive):(?!\/\/)(.+?)(?::([^/:]+))?$/s.exec(text) ?? [];
@@ -840,10 +845,11 @@ function parseSource(text: string): Source {
   const transport = /^(?:(?:docker|oci|oci-archive|docker-archive):\/\/|(?:dir|docker-daemon|containers-storage):)/
     .exec(text)?.[0];
   if (transport !== undefined) {
+    const shown = withoutSecrets(text);
     const hint = transport === "docker://"
-      ? `for an image in a registry, write ${quote(text.slice(transport.length))}`
+      ? `for an image in a registry, write ${quote(shown.slice(transport.length))}`
       : "use an image reference, an http(s):// URL, a path, oci:DIR, oci-archive:FILE or docker-archive:FILE";
-    throw usageError(`Cannot use source ${quote(text)}: "${transport}" is not supported`, { hint });
+    throw usageError(`Cannot use source ${quote(shown)}: "${transport}" is not supported`, { hint });
   }
   return { kind: "image", image: parseImageReference(text) };
 }
@@ -865,11 +871,11 @@ function parseSource(text: string): Source {
  * @throws {FetchWheelsError} of kind `usage`, which quotes the text and names the rule that it breaks
  */
 export function parseImageReference(text: string): ImageReference {
-  // Case matters in a tag, but not in a name.
-  const lowered = text.replace(/^.*?(?=[:@][^/]*$|$)/, (name) => name.toLowerCase());
+  const shown = withoutSecrets(text).replace(/^[^/@]*:(?!\/\/).*@(?!sha\d)/s, ""); // a user name and a password
   const fail = (rule: string, hint?: string) =>
-    usageError(`Cannot parse image reference ${quote(withoutSecrets(text))}: ${rule}`, { hint });
+    usageError(`Cannot parse image reference ${quote(shown)}: ${rule}`, { hint });
   if (text === "") throw fail("it is empty");
+  if (text.length > MAX_REFERENCE) throw fail(`it has more than ${MAX_REFERENCE} characters`);
   if (/\s/.test(text)) throw fail("it contains white space");
   const scheme = /^[a-z][a-z0-9+.-]*:\/\//i.exec(text)?.[0];
   const schemeHint = SCHEME_HINTS.find(([pattern]) => pattern.test(text))?.[1];
@@ -888,7 +894,11 @@ export function parseImageReference(text: string): ImageReference {
   const rest = isHost ? path.slice(first.length + 1) : path;
   const repository = isHub && rest !== "" && !rest.includes("/") ? `library/${rest}` : rest;
   if (repository === "") throw fail("the name of the repository is missing");
-  if (/[A-Z]/.test(repository)) throw fail("a repository name must be lower case", `try ${lowered}`);
+  if (/[A-Z]/.test(repository)) {
+    // Case matters in a tag, but not in a name.
+    const lowered = text.replace(/^.*?(?=[:@][^/]*$|$)/, (name) => name.toLowerCase());
+    throw fail("a repository name must be lower case", `try ${lowered}`);
+  }
   if (repository.length > 255) throw fail("a repository name has at most 255 characters");
   if (!REPOSITORY.test(repository)) throw fail(REPOSITORY_RULE);
   if (/^[0-9a-f]{64}$/.test(rest)) throw fail("a name of 64 hexadecimal digits would be taken for an image ID");
@@ -1056,12 +1066,8 @@ class CredentialFinder {
 
 /** Reports whether the program is certainly not in PATH; without a look at PATH nothing is certain. */
 function isMissing(program: string, path: string | undefined): boolean {
-  try {
-    return path?.split(":").every((directory) => !fs.existsSync(join(directory || ".", program))) ?? false;
-  } catch (error) {
-    if (error instanceof Deno.errors.NotCapable) return false;
-    throw error;
-  }
+  const isAbsent = (file: string) => isGranted({ name: "read", path: file }) && !fs.existsSync(file);
+  return path?.split(":").every((directory) => isAbsent(join(directory || ".", program))) ?? false;
 }
 
 /**
@@ -1092,9 +1098,11 @@ function lookUpCredentials(
   if (helper !== undefined) return { credentials: { helper } };
   const entry = entriesFor(`${registry}/${repository}`, config.auths).find(isFilled);
   if (entry === undefined) return {};
-  if (entry.identitytoken) return { credentials: { identityToken: entry.identitytoken } };
-  if (entry.registrytoken) return { credentials: { registryToken: entry.registrytoken } };
-  if (!entry.auth) return { credentials: { username: entry.username ?? "", password: entry.password ?? "" } };
+  if (isFilledText(entry.identitytoken)) return { credentials: { identityToken: entry.identitytoken } };
+  if (isFilledText(entry.registrytoken)) return { credentials: { registryToken: entry.registrytoken } };
+  if (!isFilledText(entry.auth)) {
+    return { credentials: { username: entry.username ?? "", password: entry.password ?? "" } };
+  }
   const decoded = /^[A-Za-z0-9+/_-]+=*\s*$/.test(entry.auth) ? Buffer.from(entry.auth, "base64").toString("utf8") : "";
   const [, username, password = ""] = /^([^:]+):(.*?)\0*$/s.exec(decoded) ?? [];
   const isValid = username !== undefined && !decoded.includes("\ufffd");
@@ -1112,11 +1120,11 @@ function isFilledText(value: unknown): value is string {
 }
 
 /** Returns the entries whose keys name `name`, or whole leading components of it, the most specific first. */
-function entriesFor<T>(name: string, entries: Record<string, T> = {}): T[] {
+function entriesFor<T>(name: string, entries: Record<string, T> | null | undefined): T[] {
   const isHub = name === HUB || name.startsWith(`${HUB}/`);
   // Spelled as Docker or podman spells it; such a key precedes one that is equal only after normalizing.
   const isExact = (key: string) => key === name || name.startsWith(`${key}/`) || isHub && key === HUB_KEY;
-  return Object.entries(entries)
+  return Object.entries(entries ?? {})
     .map(([key, entry]) => ({ path: normalizeKey(key) ?? "", rank: isExact(key) ? 1 : 0, entry }))
     .filter(({ path }) => path !== "" && (name === path || name.startsWith(`${path}/`)))
     .sort((a, b) => b.path.length - a.path.length || b.rank - a.rank)
@@ -1153,7 +1161,7 @@ function urlCredentials(url: URL): UserCredentials | undefined {
 interface HttpRequest {
   headers?: Record<string, string>;
   form?: URLSearchParams; // of a POST; without it, the request is a GET
-  authorize?: (url: URL) => string | undefined; // the Authorization header; called again after each redirect
+  authorizations?: ReadonlyMap<string, string | undefined>; // the Authorization header for each origin
   checkRedirect?: (url: URL) => void; // throws if a redirect must not be followed
   isVerified?: boolean; // a digest verifies the answer, so that a redirect to plain http does no harm
   signal?: AbortSignal;
@@ -1173,8 +1181,10 @@ interface HttpResponse extends Answer {
   requestUrl: URL; // what was requested
   proxy?: URL; // which passed the request on; in plain http it may have answered itself
   body(): AsyncGenerator<Uint8Array>; // each chunk is the caller's own
-  cancel(): void;
+  cancel(reason?: Error): void;
 }
+
+type HttpDocument = { response: HttpResponse; body: Uint8Array | undefined };
 
 /** A request that failed, or that the server asked to repeat. */
 class RequestError extends FetchWheelsError {
@@ -1206,35 +1216,26 @@ class HttpClient implements Disposable {
     this.#transport[Symbol.dispose]();
   }
 
-  /** Requests the first of these URLs that can be connected to, and retries transient failures and statuses. */
-  async request(urls: URL[], request: HttpRequest, budget: RetryBudget): Promise<HttpResponse> {
-    while (true) {
-      try {
-        const response = await this.#sendToFirst(urls, request);
-        if (!isTransientStatus(response.status)) return response;
-        const waitMs = retryAfter(response.headers.get("retry-after"), this.settings.now());
-        const { message } = await this.statusError(response, `Cannot fetch ${quote(displayUrl(response.url))}`);
-        throw new RequestError(message, { waitMs, status: response.status });
-      } catch (error) {
-        await budget.spend(error);
-      }
-    }
+  /** Requests the first of these URLs that can be connected to, once. A transient status is an error. */
+  async request(urls: URL[], request: HttpRequest): Promise<HttpResponse> {
+    const response = await this.#sendToFirst(urls, request);
+    if (!isTransientStatus(response.status)) return response;
+    const waitMs = retryAfter(response.headers.get("retry-after"), this.settings.now());
+    const { message } = await this.statusError(response, `Cannot fetch ${quote(displayUrl(response.url))}`);
+    throw new RequestError(message, { waitMs, status: response.status });
   }
 
-  /** Reads a small answer whole, and requests it again if it breaks off. The body is undefined if it is too large. */
-  async readDocument(
-    send: () => Promise<HttpResponse>,
-    { limit, budget }: { limit: number; budget: RetryBudget },
-  ): Promise<{ response: HttpResponse; body: Uint8Array | undefined }> {
-    while (true) {
-      const response = await send();
-      try {
-        const body = await this.#readSmall(response, limit);
-        if (response.isOk && body !== undefined) checkDocument(response.url, body);
-        return { response, body };
-      } catch (error) {
-        await budget.spend(error);
-      }
+  /** Reads a small answer whole, in bounded time. The body is undefined if it has more than `limit` bytes. */
+  async readDocument(response: HttpResponse, limit: number): Promise<HttpDocument> {
+    const milliseconds = this.settings.timeoutMs * DOCUMENT_TIMEOUT_FACTOR;
+    const state = `not complete after ${milliseconds / 1000} s`;
+    using _timer = startTimer(milliseconds, () => response.cancel(requestError(response.url, state)));
+    try {
+      const body = await readAll(response.body(), limit);
+      if (response.isOk && body !== undefined) checkDocument(response.url, body);
+      return { response, body };
+    } finally {
+      response.cancel();
     }
   }
 
@@ -1242,32 +1243,19 @@ class HttpClient implements Disposable {
   async statusError(response: HttpResponse, what: string, hint?: string): Promise<FetchWheelsError> {
     const { status, url, proxy } = response;
     // If the body breaks off, the status says enough.
-    const body = await this.#readSmall(response, MAX_ERROR_BYTES).catch(() => undefined);
+    const document = await this.readDocument(response, MAX_ERROR_BYTES).catch(() => undefined);
     this.settings.signal.throwIfAborted();
-    const text = new TextDecoder().decode(body);
+    const text = new TextDecoder().decode(document?.body);
     if (status === 400 && url.protocol === "http:" && /HTTP request (?:was sent )?to (?:an )?HTTPS/i.test(text)) {
       const message = `${what}: ${displayUrl(url)} speaks https, not http`;
       return new RequestError(message, { hint: HTTPS_HINT, isTransient: false });
     }
     const kind = status === 404 ? "not-found" : status === 401 || status === 403 ? "auth" : "network";
-    const words = registryWords(parseJson(body));
+    const words = registryWords(parseJson(document?.body));
     const subject = what.includes(quote(displayUrl(url))) ? "the server" : displayUrl(url);
     const through = proxy && url.protocol === "http:" ? ` through proxy ${displayOrigin(proxy)}` : "";
     const message = `${what}: ${subject} answered ${status}${through}${words && ` (${words})`}`;
     return new FetchWheelsError(kind, message, { hint });
-  }
-
-  /** Bounds the size and the time of a small document. */
-  async #readSmall(response: HttpResponse, limit: number): Promise<Uint8Array | undefined> {
-    const milliseconds = this.settings.timeoutMs * DOCUMENT_TIMEOUT_FACTOR;
-    const tooLate = new AbortController();
-    const makeReason = () => requestError(response.url, `not complete after ${milliseconds / 1000} s`);
-    using _deadline = abortAfter(milliseconds, tooLate, makeReason);
-    try {
-      return await readAll(interruptible(response.body(), tooLate.signal), limit);
-    } finally {
-      response.cancel();
-    }
   }
 
   async #sendToFirst(urls: URL[], request: HttpRequest): Promise<HttpResponse> {
@@ -1285,10 +1273,10 @@ class HttpClient implements Disposable {
 
   /** Follows redirects itself, because `fetch` would take the credentials along to another origin. */
   async #followRedirects(url: URL, request: HttpRequest): Promise<HttpResponse> {
-    const { authorize, form, isVerified } = request;
+    const { authorizations, form, isVerified } = request;
     let current = url;
     for (let hops = 0; hops <= MAX_REDIRECTS; hops++) {
-      const authorization = authorize?.(current);
+      const authorization = authorizations?.get(current.origin);
       const headers = { ...request.headers, ...(authorization !== undefined && { authorization }) };
       const response = await this.#send(current, { ...request, headers });
       const location = response.headers.get("location");
@@ -1335,7 +1323,7 @@ class HttpClient implements Disposable {
     }
     const isOk = status >= 200 && status < 300;
     const body = () => this.#body(exchange, answer);
-    return { ...answer, isOk, url, requestUrl: url, proxy, body, cancel: () => exchange.controller.abort() };
+    return { ...answer, isOk, url, requestUrl: url, proxy, body, cancel: (reason) => controller.abort(reason) };
   }
 
   /** Yields an answer's bytes; silence is an error, and so is a connection that breaks. */
@@ -1362,7 +1350,7 @@ class HttpClient implements Disposable {
     const { timeoutMs } = this.settings;
     const through = proxy === undefined ? "" : ` through proxy ${displayOrigin(proxy)}`;
     const state = `no data received for ${timeoutMs / 1000} s${through}`;
-    return abortAfter(timeoutMs, controller, () => requestError(url, state));
+    return startTimer(timeoutMs, () => controller.abort(requestError(url, state)));
   }
 }
 
@@ -1379,9 +1367,9 @@ interface Exchange {
   response?: Response;
 }
 
-/** Aborts after a time, unless it is disposed of before. */
-function abortAfter(milliseconds: number, controller: AbortController, makeReason: () => Error): Disposable {
-  const timer = setTimeout(() => controller.abort(makeReason()), milliseconds);
+/** Calls back after a time, unless it is disposed of before. */
+function startTimer(milliseconds: number, callback: () => void): Disposable {
+  const timer = setTimeout(callback, milliseconds);
   return { [Symbol.dispose]: () => clearTimeout(timer) };
 }
 
@@ -1406,6 +1394,17 @@ class RetryBudget {
     this.#failures = 0;
   }
 
+  /** Repeats an operation after each transient failure. */
+  async retry<T>(operation: () => Promise<T>): Promise<T> {
+    while (true) {
+      try {
+        return await operation();
+      } catch (error) {
+        await this.spend(error);
+      }
+    }
+  }
+
   /** Waits until the next attempt may start; throws the error if there must not be one. */
   async spend(error: unknown): Promise<void> {
     const { retries, signal, delay, now, report } = this.settings;
@@ -1420,7 +1419,10 @@ class RetryBudget {
     }
     this.#failures++;
     total.failures++;
-    if (this.#failures > retries || total.failures > retries * TOTAL_RETRIES_FACTOR) throw error;
+    if (this.#failures > retries || total.failures > retries * TOTAL_RETRIES_FACTOR) {
+      // Final, so that an operation that contains this one does not repeat it.
+      throw new RequestError(message, { ...error.details, isTransient: false });
+    }
     // Full jitter, so that a fleet of builds does not retry in step.
     const backoffMs = Math.random() * Math.min(MAX_DELAY_MS, FIRST_DELAY_MS * 2 ** (this.#failures - 1));
     const delayMs = waitMs ?? backoffMs;
@@ -1429,10 +1431,7 @@ class RetryBudget {
       total.reported = { attempt: this.#failures, at: now() };
       report({ type: "retry", reason: message, delayMs, attempt: this.#failures, retries });
     }
-    await delay(delayMs, signal).catch((failure) => {
-      signal.throwIfAborted();
-      throw failure;
-    });
+    await untilAborted(delay(delayMs, signal), signal);
   }
 }
 
@@ -1440,10 +1439,10 @@ function isTransientStatus(status: number): boolean {
   return status === 408 || status === 429 || status >= 500;
 }
 
-/** Returns the milliseconds of a `Retry-After`, in seconds or as a date (RFC 9110); undefined if invalid or past. */
+/** Returns the milliseconds of a `Retry-After`, in seconds or as a date (RFC 9110); undefined if invalid, 0 or past. */
 function retryAfter(value: string | null, now: number): number | undefined {
   if (value === null) return undefined;
-  if (/^\s*\d+\s*$/.test(value)) return Number(value) * 1000;
+  if (/^\s*\d+\s*$/.test(value)) return Number(value) * 1000 || undefined;
   const isDate = /^[A-Z][a-z]{2,8}, ?\d{2}[ -][A-Z][a-z]{2}[ -]\d{2,4} \d{2}:\d{2}:\d{2} GMT$/.test(value.trim());
   const wait = isDate ? Date.parse(value) - now : NaN;
   return wait > 0 ? wait : undefined;
@@ -1463,7 +1462,8 @@ function displayOrigin(url: URL): string {
 function registryWords(json: JsonObject | undefined): string {
   const errors: { code?: unknown; message?: unknown }[] = Array.isArray(json?.errors) ? json.errors : [];
   const words = errors.map((error) => [error?.code, error?.message].filter(Boolean).join(": ")).join("; ");
-  return quote(withoutSecrets(String(words || json?.details || json?.message || ""))).slice(1, -1).slice(0, MAX_SHOWN);
+  const text = String(words || json?.details || json?.message || "").slice(0, MAX_WORDS);
+  return quote(withoutSecrets(text)).slice(1, -1).slice(0, MAX_SHOWN);
 }
 
 function requestError(url: URL, state: string, options?: FailureDetails): RequestError {
@@ -1652,8 +1652,8 @@ class Transport implements Disposable {
 
 async function sendByFetch(send: typeof fetch, exchange: Exchange, client?: Deno.HttpClient): Promise<Answer> {
   const { url, method, headers, form, signal } = exchange;
-  const init: RequestInit & { client?: Deno.HttpClient } = { method, headers, body: form, redirect: "manual", signal };
-  const response = await send(url, client === undefined ? init : { ...init, client });
+  const init = { method, headers, body: form, redirect: "manual", signal, client } as const;
+  const response = await untilAborted(send(url, init), signal);
   exchange.response = response;
   return { status: response.status, headers: response.headers, read: bodyReader(response.body) };
 }
@@ -1854,10 +1854,8 @@ interface RegistryOptions {
   isMirror: boolean; // a mirror gets `?ns=REGISTRY`, as containerd sends it, and no retries
 }
 
-interface GetOptions extends Pick<HttpRequest, "isVerified" | "signal"> {
-  headers: Record<string, string>;
+interface GetOptions extends Pick<HttpRequest, "headers" | "isVerified" | "signal"> {
   expected?: number[]; // statuses besides success that are not an error
-  budget: RetryBudget;
 }
 
 /** Serves one repository of a registry, and authorizes the requests at whichever origin challenges. */
@@ -1886,11 +1884,9 @@ class Registry implements ImageStore {
   }
 
   blob({ digest, size }: Descriptor, offset: number): AsyncIterable<Uint8Array> {
-    const { connections } = this.http.settings;
     const { isMirror } = this.options;
-    const get = (options: GetOptions) => this.#get(`blobs/${digest}`, { ...options, isVerified: true });
-    const options = { get, name: digest, size, connections, isMirror, isImmutable: true };
-    return new BlobDownload(this.http, options).bytes(offset);
+    const get = (options: GetOptions) => this.#get(`blobs/${digest}`, options);
+    return new BlobDownload(this.http, { get, name: digest, size, isMirror, isImmutable: true }).bytes(offset);
   }
 
   async referrers(digest: string): Promise<Descriptor[]> {
@@ -1907,33 +1903,32 @@ class Registry implements ImageStore {
     return found;
   }
 
-  #getDocument(path: string, options: Omit<GetOptions, "budget">): ReturnType<HttpClient["readDocument"]> {
-    const budget = new RetryBudget(this.#settings);
-    return this.http.readDocument(() => this.#get(path, { ...options, budget }), { limit: MAX_MANIFEST_BYTES, budget });
+  #getDocument(path: string, options: GetOptions): Promise<HttpDocument> {
+    const attempt = async () => this.http.readDocument(await this.#get(path, options), MAX_MANIFEST_BYTES);
+    return new RetryBudget(this.#settings).retry(attempt);
   }
 
   /** GETs a path below `/v2/<repository>/`. An answer that is neither a success nor expected is an error. */
-  async #get(path: string, { expected = [], budget, ...request }: GetOptions): Promise<HttpResponse> {
+  async #get(path: string, { expected = [], ...request }: GetOptions): Promise<HttpResponse> {
     let hasRenewed = false;
-    while (true) {
+    for (let answered = 0;; answered++) {
       await Promise.all([...this.#authorizers.values()].map((authorizer) => authorizer.refresh()));
       const sent = new Map([...this.#authorizers].map(([origin, { header }]) => [origin, header]));
-      const authorize = (url: URL) => sent.get(url.origin);
       const urls = this.#bases.map((base) => this.#endpoint(base, path));
-      const response = await this.http.request(urls, { ...request, authorize }, budget);
+      const response = await this.http.request(urls, { ...request, authorizations: sent });
       this.#adoptOrigin(response);
       if (response.isOk) return response;
-      const header = authorize(response.url);
+      const header = sent.get(response.url.origin);
       const isToken = header?.startsWith("Bearer ") ?? false;
       // ECR Public answers 400 to a token that has expired.
       const isRefusal = response.status === 401 || response.status === 400 && isToken;
-      if (isRefusal && (header === undefined || isToken && !hasRenewed)) {
+      if (isRefusal && answered < MAX_CHALLENGES && (header === undefined || isToken && !hasRenewed)) {
         hasRenewed ||= isToken;
         if (await this.#answerChallenge(response, header)) continue;
       }
       if (expected.includes(response.status)) return response;
       if (await this.#authorizeByPing(response)) continue;
-      await this.#fail(response, { path, budget });
+      throw await this.#answerError(response, path);
     }
   }
 
@@ -1970,7 +1965,7 @@ class Registry implements ImageStore {
     const repository = /\/v2\/(.+)\/(?:manifests|blobs|referrers)\//.exec(url.pathname)?.[1] ?? image.repository;
     // A registry that this one redirects to gets anonymous requests only.
     const find = this.#isOwn(url) ? credentials : () => Promise.resolve(undefined);
-    const options = { base: url, name: this.#name, repository, credentials: find };
+    const options = { base: url, name: this.#name, repository, credentials: find, settings: this.#settings };
     const authorizer = this.#authorizers.get(url.origin) ?? new Authorizer(this.http, options);
     this.#authorizers.set(url.origin, authorizer);
     await authorizer.answer(sent, challenges);
@@ -1982,7 +1977,7 @@ class Registry implements ImageStore {
     const isCandidate = (status === 403 || status === 404) && !headers.has("www-authenticate") && this.#isOwn(url);
     if (!isCandidate || this.#hasPinged || this.#authorizers.has(url.origin)) return false;
     this.#hasPinged = true;
-    const ping = await this.http.request([new URL("/v2/", url)], {}, new RetryBudget(this.#settings));
+    const ping = await new RetryBudget(this.#settings).retry(() => this.http.request([new URL("/v2/", url)], {}));
     // Without credentials, only a token can help.
     const hasBearer = /\bbearer\b/i.test(ping.headers.get("www-authenticate") ?? "");
     const isUseful = hasBearer || await this.options.credentials() !== undefined;
@@ -1992,16 +1987,16 @@ class Registry implements ImageStore {
     return isChallenged;
   }
 
-  /** Throws the error of an answer, unless it is a signed URL that has expired: then the registry signs another one. */
-  async #fail(response: HttpResponse, { path, budget }: { path: string; budget: RetryBudget }): Promise<void> {
+  /** Makes the error of an answer; transient if it is a signed URL that has expired: the registry signs another one. */
+  async #answerError(response: HttpResponse, path: string): Promise<FetchWheelsError> {
     const { status, url } = response;
     const isAuth = status === 401 || status === 403;
     const isMissing = status === 404 && path.startsWith("manifests/");
     const missing = isMissing ? "check the name and the tag; some registries answer 404 for private images" : undefined;
     const hint = isAuth && this.#isOwn(url) ? credentialsHint(await this.options.credentials()) : missing;
     const error = await this.http.statusError(response, `Cannot fetch ${quote(this.#name)}`, hint);
-    if (this.#isOwn(url) || !isAuth) throw error;
-    await budget.spend(new RequestError(error.message, { kind: error.kind, hint: error.hint }));
+    if (this.#isOwn(url) || !isAuth) return error;
+    return new RequestError(error.message, { kind: error.kind, hint: error.hint });
   }
 }
 
@@ -2016,6 +2011,7 @@ interface AuthorizerOptions {
   name: string; // of the image, for messages
   repository: string; // at this origin
   credentials: () => Promise<UsableCredentials | undefined>;
+  settings: Settings; // a mirror's have no retries
 }
 
 /** Turns the challenges of one origin into an Authorization header, and renews it. Concurrent requests share a renewal. */
@@ -2101,17 +2097,16 @@ class Authorizer {
 
   /** Token Authentication Specification. An identity token is POSTed; services without OAuth2 get it as a password. */
   async #fetchToken(realm: URL, { service = "", scope }: Challenge["parameters"]): Promise<void> {
-    const { name, repository } = this.options;
-    const { settings } = this.http;
+    const { name, repository, settings } = this.options;
     const credentials = await this.options.credentials();
     const requested = settings.now();
     const scopes = [...new Set([`repository:${repository}:pull`, scope || []].flat())];
     const checkRedirect = (url: URL) => this.#checkRealm(url);
-    const request = (url: URL, options: HttpRequest) => {
-      const budget = new RetryBudget(settings);
-      const send = () => this.http.request([url], { ...options, checkRedirect }, budget);
-      return this.http.readDocument(send, { limit: MAX_TOKEN_BYTES, budget });
-    };
+    const request = (url: URL, options: HttpRequest) =>
+      new RetryBudget(settings).retry(async () => {
+        const response = await this.http.request([url], { ...options, checkRedirect });
+        return await this.http.readDocument(response, MAX_TOKEN_BYTES);
+      });
     const url = new URL(realm);
     if (service !== "") url.searchParams.set("service", service);
     scopes.forEach((text) => url.searchParams.append("scope", text));
@@ -2123,8 +2118,8 @@ class Authorizer {
     const given = credentials && "username" in credentials ? credentials : undefined;
     const user = identity === undefined ? given : { username: IDENTITY_USER, password: identity };
     const header = user && basicAuthorization(user);
-    const authorize = ({ origin }: URL) => origin === url.origin ? header : undefined;
-    const { response, body } = posted?.response.isOk ? posted : await request(url, { authorize });
+    const authorizations = new Map([[url.origin, header]]);
+    const { response, body } = posted?.response.isOk ? posted : await request(url, { authorizations });
 
     const what = `Cannot get a token for ${quote(name)}`;
     const json = parseJson(body);
@@ -2196,9 +2191,8 @@ interface DownloadOptions {
   get: (options: GetOptions) => Promise<HttpResponse>;
   name: string; // of the content, in messages
   size?: number; // in bytes; without it, the first answer says it
-  connections: number;
   isMirror: boolean; // the first answer that is not right ends the download
-  isImmutable: boolean; // a digest names the content, so that it cannot change between two requests
+  isImmutable: boolean; // a digest names the content: requests for parts of it get the same, and may run in parallel
 }
 
 /** The bytes `[at, to)` that one connection delivers. Lowering `to` cuts it short. */
@@ -2223,7 +2217,6 @@ class BlobDownload {
   /** What is being downloaded, in order; the first span is what the consumer reads. */
   readonly #spans: { span: Span; chunks: AsyncIterable<Uint8Array> }[] = [];
   #size: number; // Infinity as long as it is not known
-  #next = Infinity; // where the next span begins
   #location: URL | undefined; // where the registry redirected to; usable until its signature expires
   #validator: string | undefined; // strong entity tag, for `If-Range`
   #ahead = 0; // bytes that have arrived, but have not been delivered
@@ -2233,7 +2226,7 @@ class BlobDownload {
 
   constructor(readonly http: HttpClient, readonly options: DownloadOptions) {
     this.#size = options.size ?? Infinity;
-    this.#pace = new ConnectionPace(options.connections, http.settings.now);
+    this.#pace = new ConnectionPace(options.isImmutable ? http.settings.connections : 1, http.settings.now);
     this.#signal = AbortSignal.any([http.settings.signal, this.#stop.signal]);
   }
 
@@ -2273,14 +2266,13 @@ class BlobDownload {
     const isSingle = this.#spans.length === 1 && first.to === this.#size;
     if (isSingle && wanted > 1 && bytesLeft > PARALLEL_BYTES) {
       first.to = Math.min(first.at + Math.max(RANGE_BYTES, this.#pace.sampleBytes), this.#size);
-      this.#next = first.to;
     }
     const isFree = () => this.#spans.filter(({ span }) => !span.hasEnded).length < wanted;
-    while (this.#next < this.#size && isFree() && this.#spans.length < MAX_WAITING * wanted) {
-      const to = wanted === 1 ? this.#size : Math.min(this.#next + RANGE_BYTES, this.#size);
-      const span = newSpan(this.#next, to);
-      this.#next = to;
-      this.#spans.push({ span, chunks: prefetch(this.#read(span), RANGE_BYTES + 1) });
+    let last = this.#spans.at(-1)?.span ?? first;
+    while (last.to < this.#size && isFree() && this.#spans.length < MAX_WAITING * wanted) {
+      const to = wanted === 1 ? this.#size : Math.min(last.to + RANGE_BYTES, this.#size);
+      last = newSpan(last.to, to);
+      this.#spans.push({ span: last, chunks: prefetch(this.#read(last), RANGE_BYTES + 1) });
     }
   }
 
@@ -2289,7 +2281,6 @@ class BlobDownload {
     const { settings } = this.http;
     const retries = this.options.isMirror ? 0 : settings.retries;
     const budget = new RetryBudget({ ...settings, retries, signal: this.#signal }, this.#total);
-    const noRetries = new RetryBudget({ ...settings, retries: 0, signal: this.#signal });
     using _ = {
       [Symbol.dispose]: () => {
         span.hasEnded = true;
@@ -2299,8 +2290,7 @@ class BlobDownload {
     };
     while (span.at < span.to) {
       try {
-        const isFirst = span === this.#spans[0]?.span;
-        const { response, start } = await this.#open(span, isFirst || span.hasBytes ? budget : noRetries);
+        const { response, start } = await this.#open(span);
         span.to = Math.min(span.to, this.#size);
         let skip = span.at - start;
         for await (const chunk of response.body()) {
@@ -2344,7 +2334,7 @@ class BlobDownload {
   }
 
   /** Requests the bytes of a span, and finds out where the answer really begins. */
-  async #open(span: Span, budget: RetryBudget): Promise<{ response: HttpResponse; start: number }> {
+  async #open(span: Span): Promise<{ response: HttpResponse; start: number }> {
     const { at, to } = span;
     const isResumed = at > 0 && !this.options.isImmutable;
     if (isResumed && this.#validator === undefined) {
@@ -2354,7 +2344,7 @@ class BlobDownload {
     const headers: Record<string, string> = {};
     if (isPart) headers.range = `bytes=${at}-${to === Infinity ? "" : to - 1}`;
     if (isPart && this.#validator !== undefined) headers["if-range"] = this.#validator;
-    const response = await this.#request(headers, budget);
+    const response = await this.#request(headers);
     const isRange = isPart && response.status === 206 && this.#isRequestedRange(response, { at, to });
     const tag = response.headers.get("etag");
     if (isResumed && response.isOk && tag !== this.#validator && !(isRange && tag === null)) {
@@ -2369,13 +2359,13 @@ class BlobDownload {
     if (isPart) this.#hasRanges = false;
     if (response.status !== 200) {
       response.cancel();
-      if (isPart) return await this.#open(span, budget);
+      if (isPart) return await this.#open(span);
       throw await this.http.statusError(response, `Cannot fetch ${quote(this.options.name)}`);
     }
     this.#checkLength(response);
     if (response.headers.get("accept-ranges") === "bytes") this.#maxConnections = Math.max(2, this.#maxConnections);
     // An answer with everything goes on to the end, instead of a further one.
-    if (to === this.#next) span.to = this.#next = this.#size;
+    if (span === this.#spans.at(-1)?.span) span.to = this.#size;
     return { response, start: 0 };
   }
 
@@ -2403,17 +2393,16 @@ class BlobDownload {
   }
 
   /** Requests the place that the registry redirected to until it refuses; then the registry signs another one. */
-  async #request(headers: Record<string, string>, budget: RetryBudget): Promise<HttpResponse> {
-    const { get, isImmutable: isVerified } = this.options;
-    const signal = this.#signal;
+  async #request(headers: Record<string, string>): Promise<HttpResponse> {
+    const request = { headers, isVerified: this.options.isImmutable, signal: this.#signal };
     for (let location = this.#location; location !== undefined; location = this.#location) {
-      const response = await this.http.request([location], { headers, isVerified, signal }, budget);
+      const response = await this.http.request([location], request);
       if (response.isOk || response.status === 416) return response;
       response.cancel();
       if (this.#location === location) this.#location = undefined; // else another span has got a new one
     }
     const expected = headers.range === undefined ? [] : [400, 416];
-    const response = await get({ headers, budget, signal, expected });
+    const response = await this.options.get({ ...request, expected });
     const { url, requestUrl } = response;
     if (response.isOk && url.origin !== requestUrl.origin && !url.pathname.startsWith("/v2/")) this.#location = url;
     return response;
@@ -2799,7 +2788,7 @@ function layoutStore(open: MemberOpener, text: string): ImageStore {
   const readIndex = async (): Promise<Descriptor[]> => {
     const index = parseJson(await readAll(open("index.json"), MAX_MANIFEST_BYTES));
     if (!Array.isArray(index?.manifests)) throw fail("its index.json is not an index");
-    return index.manifests;
+    return readDescriptors(index.manifests, fail);
   };
   const readBlob = async (digest: string): Promise<Uint8Array> => {
     if (!DIGEST.test(digest)) throw fail(`${quote(String(digest))} is not a digest`);
@@ -2897,13 +2886,13 @@ function urlBytes(url: URL, http: HttpClient): Bytes {
   const user = urlCredentials(url);
   const bare = withoutUser(url);
   const name = displayUrl(bare);
-  const authorize = ({ origin }: URL) => user && origin === bare.origin ? basicAuthorization(user) : undefined;
-  const get = async ({ headers, budget, signal, expected = [] }: GetOptions) => {
-    const response = await http.request([bare], { headers, authorize, signal }, budget);
+  const authorizations = new Map(user && [[bare.origin, basicAuthorization(user)]]);
+  const get = async ({ expected = [], ...request }: GetOptions) => {
+    const response = await http.request([bare], { ...request, authorizations });
     if (response.isOk || expected.includes(response.status)) return response;
     throw await http.statusError(response, `Cannot fetch ${quote(name)}`);
   };
-  return new BlobDownload(http, { get, name, connections: 1, isMirror: false, isImmutable: false }).bytes(0);
+  return new BlobDownload(http, { get, name, isMirror: false, isImmutable: false }).bytes(0);
 }
 
 function statIfExists(path: string): fs.Stats | undefined {
