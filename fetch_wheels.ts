@@ -98,10 +98,10 @@ const INFLATED_BYTES = 256 * 1024; // the decoder's output buffers, and reads fr
 const DEFLATED_BYTES = 64 * 1024; // the decoder's input, all of which it decodes at once
 const DENSE_BYTES = 16 * 1024; // the same of data that inflates to many times its size: a thousand times is possible
 const DENSE_FACTOR = 16;
-const INTERRUPTIBLE_BYTES = 64 * 1024 * 1024; // decoded without a look at signals and messages
 const SAMPLE_BYTES = 128 * 1024; // at the beginning of a layer, which show how much it inflates
 const TAR_BLOCK_BYTES = 512;
 const MAX_EXTENSION_BYTES = 1024 * 1024; // of an extension header, with names and attributes; as in Go
+const MAX_PATH = 4096; // characters; PATH_MAX of Linux
 const MAX_MTIME_SECONDS = 2 ** 34; // limit of a file's time; the kernel lowers it to what the file system can hold
 
 const WORKER_BYTES = 24 * 1024 * 1024; // below this, a second thread takes longer to start than it saves
@@ -112,10 +112,10 @@ const TEXT_FACTOR = 2; // of what inflates to more, decoding is the larger part 
 const LOCK_NAME = "lock";
 const JOURNAL_NAME = "journal";
 const LOCK_POLL_MS = 50;
-const MAX_BLOCKING_MS = 50; // without a look at signals, while files are published
 const YOUNG_MS = 60_000; // a staging directory as young as this may not have its lock yet
 const CONSTRAINTS = "upper-constraints.txt";
 
+const MAX_BLOCKING_MS = 50; // without a look at signals and messages
 const SHUTDOWN_MS = 1500; // for cleaning up after a signal; then the process ends
 const REDRAW_MS = 200;
 const RATE_MS = 5000; // over which the rate of the progress is measured
@@ -466,9 +466,9 @@ async function fetchOnce(parsed: Source, attempt: Attempt): Promise<FetchResult>
   const meter = new ByteMeter(settings.report);
   attempt.client.meter = meter;
   const origin = openSource(parsed, attempt);
-  const resolved = origin.store && await resolveImage(origin, settings);
+  const resolved = "store" in origin ? await resolveImage(origin, settings) : undefined;
   const verified = resolved ? await verifySignature(resolved, settings) : null;
-  const parts = resolved ? await selectParts(resolved, settings) : origin.tarball ? [origin.tarball] : [];
+  const parts = resolved ? await selectParts(resolved, settings) : "tarball" in origin ? [origin.tarball] : [];
   const layers = resolved ? parts.map((part) => layerInfo(part, resolved)) : [];
   const platform = resolved?.platform ?? null;
   if (resolved) settings.report({ type: "resolved", image: resolved.image, layers, platform });
@@ -477,14 +477,14 @@ async function fetchOnce(parsed: Source, attempt: Attempt): Promise<FetchResult>
   const open = (part: Part) => openPart(part, { origin, meter, signal: settings.signal });
   const label = parsed.kind === "url" ? displayUrl(parsed.url) : source;
   const otherLayers = resolved && !resolved.isArtifact ? resolved.manifest.layers.length - parts.length : 0;
-  const delivery = { parts, otherLayers, open, label, meter };
+  const delivery = { parts, otherLayers, open, label };
   const { files, skipped } = await target.receive(delivery);
   warnOfUnusableWheels(files, delivery, settings);
 
   const { dryRun, isPreview, dest } = settings;
   const sizeOnceRead = dryRun || layers.length > 1 ? null : meter.consumed; // for schema 1, which does not say it
   const output = typeof settings.output === "object" ? "-" : settings.output ?? null;
-  const manifest = resolved?.isSynthetic ? undefined : resolved?.manifest;
+  const manifest = origin.kind === "docker-archive" ? undefined : resolved?.manifest; // `docker save` keeps none
   const { registry = "", repository = "", tag, digest }: Partial<ImageReference> = resolved?.image ?? {};
   return {
     source: label,
@@ -686,6 +686,17 @@ async function untilAborted<T>(promise: Promise<T>, signal: AbortSignal): Promis
   }
 }
 
+/** Gives other tasks a turn, such as those of signals, each time this one has run for MAX_BLOCKING_MS. */
+class Turns {
+  #resumed = performance.now();
+
+  async give(): Promise<void> {
+    if (performance.now() - this.#resumed < MAX_BLOCKING_MS) return;
+    await nextTask();
+    this.#resumed = performance.now();
+  }
+}
+
 /** Yields chunks until the signal aborts, even if the source never yields another one. */
 async function* interruptible(bytes: AsyncIterable<Uint8Array>, signal: AbortSignal): AsyncGenerator<Uint8Array> {
   const source = bytes[Symbol.asyncIterator]();
@@ -734,10 +745,6 @@ class ByteMeter {
 
   #reportBytes(): void {
     this.report({ type: "bytes", received: this.consumed + this.#ahead, total: this.total });
-  }
-
-  extracted(members: number): void {
-    this.report({ type: "extracted", members });
   }
 }
 
@@ -1896,7 +1903,7 @@ class Registry implements ImageStore {
     for (let page = 0; page < MAX_PAGES && query !== undefined; page++) {
       const { response, body } = await this.#getDocument(`referrers/${digest}${query}`, options);
       const list = response.isOk ? parseJson(body)?.manifests : [];
-      found.push(...Array.isArray(list) ? list : []);
+      found.push(...[list ?? []].flat().filter((entry) => typeof entry?.digest === "string"));
       const [, next] = /<([^>]*)>\s*;[^,]*\brel="?next\b/i.exec(response.headers.get("link") ?? "") ?? [];
       query = next === undefined ? undefined : URL.parse(next, response.url)?.search;
     }
@@ -2498,9 +2505,9 @@ interface ImageStore {
 }
 
 /** Where the bytes come from: a store with an image, or a tarball. */
-type Origin = ImageOrigin | { kind: "tarball"; store?: undefined; tarball: Part; bytes: Bytes };
-type ImageOrigin = { kind: ImageKind; image: ImageReference; store: ImageStore; tarball?: undefined };
-type ImageKind = "registry" | "layout" | "docker-archive";
+type Origin = ImageOrigin | { kind: "tarball"; tarball: Part; bytes: Bytes };
+type ImageOrigin = { kind: ImageKind; image: ImageReference; store: ImageStore };
+type ImageKind = "registry" | "oci" | "oci-archive" | "docker-archive";
 
 /** `mirrors` are those to ask. `isFresh` says whether to ignore what the cache has, and to fetch it again. */
 interface SourceOptions {
@@ -2529,10 +2536,9 @@ function openSource(source: Source, options: SourceOptions): Origin {
     default: {
       const { kind, path, tag } = source;
       const text = `${kind}:${path}${tag === undefined ? "" : `:${tag}`}`;
-      const image = { registry: `${kind}:${path}`, repository: "", tag };
       const open = openMembers(source, text);
-      if (kind === "docker-archive") return { kind, image, store: dockerArchiveStore(open, text) };
-      return { kind: "layout", image, store: layoutStore(open, text) };
+      const store = kind === "docker-archive" ? dockerArchiveStore(open, text) : layoutStore(open, text);
+      return { kind, image: { registry: `${kind}:${path}`, repository: "", tag }, store };
     }
   }
 }
@@ -2549,7 +2555,7 @@ function openImageStore(image: ImageReference, options: SourceOptions): ImageSto
     const mirror = { image, bases: [withoutUser(url)], credentials: () => user, isMirror: true };
     return { url, store: new Registry(client, mirror) };
   });
-  const store = mirrors.length === 0 ? registry : withMirrors(mirrors, { registry, image, settings, suspects });
+  const store = withMirrors(mirrors, { registry, image, settings, suspects });
   return cache === undefined ? store : withCache(store, { directory: cache, isFresh, report, suspects });
 }
 
@@ -2708,7 +2714,8 @@ function claimPartial(path: string): Deno.FsFile | undefined {
   fs.mkdirSync(dirname(path), { recursive: true });
   const file = Deno.openSync(path, { read: true, write: true, create: true });
   // Its last owner may have published it between opening and locking: then this is the finished blob.
-  if (tryLock(file) === true && statIfExists(path)?.ino === file.statSync().ino) return file;
+  const { isFile, ino } = file.statSync();
+  if (isFile && tryLock(file) === true && statIfExists(path)?.ino === ino) return file;
   file.close();
   return undefined;
 }
@@ -2756,9 +2763,9 @@ function indexArchive(path: string): MemberOpener {
     }
     if (entry === undefined) throw notFoundError(`Cannot read ${quote(path)}: it has no ${quote(name)}`);
     if (isPlain) return yield* readFile(path, entry);
-    for await (const { offset, read } of tarMembers(decompress(readFile(path), path), path)) {
+    for await (const { offset, body } of tarMembers(decompress(readFile(path), path), path)) {
       if (offset !== entry.offset) continue;
-      for (let chunk = await read(); chunk !== undefined; chunk = await read()) yield new Uint8Array(chunk);
+      for await (const chunk of body) yield new Uint8Array(chunk);
       return;
     }
   };
@@ -2802,7 +2809,8 @@ function layoutStore(open: MemberOpener, text: string): ImageStore {
   // `cosign save` names the kinds of its entries.
   const readRoots = async (): Promise<Descriptor[]> => {
     const entries = await readIndex();
-    const documents = await Promise.all(entries.map(async ({ digest }) => parseJson(await ifExists(readBlob(digest)))));
+    const documents: (JsonObject | undefined)[] = [];
+    for (const { digest } of entries) documents.push(parseJson(await ifExists(readBlob(digest))));
     const children = new Set(documents.flatMap((document) => document?.manifests ?? []).map((child) => child?.digest));
     const isRoot = ({ digest, annotations }: Descriptor, at: number) =>
       documents[at]?.subject === undefined && !children.has(digest) &&
@@ -2926,22 +2934,19 @@ interface Manifest {
 type ImageIndex = Pick<Manifest, "digest" | "mediaType"> & { entries: Descriptor[] };
 
 /** An image whose manifest has been found. */
-interface ResolvedImage {
-  image: ImageReference;
+interface ResolvedImage extends ImageOrigin {
   /** The image's name, for messages. */
   name: string;
-  store: ImageStore;
   /** What the reference named: the index, if there is one. */
   named: { digest: string; mediaType: string };
   manifest: Manifest;
   platform: string | null;
   isArtifact: boolean;
-  /** Whether the manifest was made up, because `docker save` keeps none. */
-  isSynthetic: boolean;
 }
 
 /** Finds the manifest for one platform. An index that does not have it is an error that lists what it has. */
-async function resolveImage({ kind, image, store }: ImageOrigin, settings: Settings): Promise<ResolvedImage> {
+async function resolveImage(origin: ImageOrigin, settings: Settings): Promise<ResolvedImage> {
+  const { kind, image, store } = origin;
   const wanted = settings.platform;
   const name = formatReference(image);
   const offered = new Set<string>();
@@ -2955,8 +2960,10 @@ async function resolveImage({ kind, image, store }: ImageOrigin, settings: Setti
     }
     const images = document.entries.filter(isImageEntry);
     const candidates = images.length > 0 ? images : document.entries.filter(isUsableEntry);
-    for (const { platform = {}, artifactType, digest } of candidates) {
-      offered.add(formatPlatform(platform) || `${digest}${artifactType === undefined ? "" : ` (${artifactType})`}`);
+    for (const { platform, artifactType, digest } of candidates) {
+      offered.add(
+        formatPlatform(platform ?? {}) || `${digest}${artifactType === undefined ? "" : ` (${artifactType})`}`,
+      );
     }
     const chosen = selectEntry(candidates, wanted);
     // Indexes within an index need not name a platform; then each of them is searched.
@@ -2984,8 +2991,7 @@ async function resolveImage({ kind, image, store }: ImageOrigin, settings: Setti
     throw notFoundError(message, { hint: `to use it anyway, pass --platform ${platform}` });
   }
   const named = { digest: top.digest, mediaType: top.mediaType };
-  const isArtifact = isArtifactManifest(manifest);
-  return { image, name, store, named, manifest, platform, isArtifact, isSynthetic: kind === "docker-archive" };
+  return { ...origin, name, named, manifest, platform, isArtifact: isArtifactManifest(manifest) };
 }
 
 /** Returns the platform that an index or schema 1 says, else that of the image's configuration, if there is one. */
@@ -3149,10 +3155,9 @@ async function selectParts(resolved: ResolvedImage, { layers, output, filter }: 
   const isDefault = layers.length === 1 && layers[0] === "last";
   const wanted = isArtifact && isDefault ? ["all"] : layers;
   const positions = new Set(wanted.flatMap((layer) => layerPositions(layer, resolved)));
-  const parts = [...positions].sort((a, b) => a - b).map((at): Part => {
-    const descriptor = manifest.layers[at];
-    return { descriptor, name: descriptor?.digest ?? "", index: at + 1, size: descriptor?.size };
-  });
+  const parts = manifest.layers
+    .map((descriptor, at): Part => ({ descriptor, name: descriptor.digest, index: at + 1, size: descriptor.size }))
+    .filter((_, at) => positions.has(at));
   const selected = isArtifact ? await artifactParts(parts, resolved, filter) : parts;
   const needsOne = output !== undefined || isArtifact && !isDefault;
   if (!needsOne || selected.length === 1) return selected;
@@ -3320,13 +3325,13 @@ async function verifySignature(resolved: ResolvedImage, settings: Settings): Pro
   throw integrityError(`Cannot verify the signature of ${quote(resolved.name)}: ${state ?? "it has no signature"}`);
 }
 
-/** What to search for, and where to keep the failures of places that could not be read: another may have a signature. */
-type SignatureSearch = { digest: string; failures: FetchWheelsError[] };
-
-/** Yields the signatures of a digest: cosign 3's bundles, then the simple signing of cosign 1 and 2. */
+/**
+ * Yields the signatures of a digest: cosign 3's bundles, then the simple signing of cosign 1 and 2. A place that cannot
+ * be read adds to `failures` only, because another one may have a signature.
+ */
 async function* storedSignatures(
   { store, image }: ResolvedImage,
-  { digest, failures }: SignatureSearch,
+  { digest, failures }: { digest: string; failures: FetchWheelsError[] },
 ): AsyncGenerator<StoredSignature> {
   const tag = digest.replace(":", "-");
   const attempt = <T>(answer: Promise<T>): Promise<T | undefined> =>
@@ -3605,7 +3610,7 @@ async function* inflate(decoder: Gunzip | ZstdDecompress, pieces: Bytes, fail: (
   }
   try {
     let size = DENSE_BYTES;
-    let bytesSinceTask = 0;
+    const turns = new Turns();
     for await (const piece of pieces) {
       for (let at = 0; at < piece.length;) {
         const part = piece.subarray(at, at + size);
@@ -3614,10 +3619,7 @@ async function* inflate(decoder: Gunzip | ZstdDecompress, pieces: Bytes, fail: (
         size = inflated > DENSE_FACTOR * part.length ? DENSE_BYTES : DEFLATED_BYTES;
         at += part.length;
         yield* drained();
-        bytesSinceTask += inflated;
-        if (bytesSinceTask < INTERRUPTIBLE_BYTES) continue;
-        bytesSinceTask = 0;
-        await nextTask(); // or no signal would be seen before the next bytes
+        await turns.give();
       }
     }
     run(() => decoder.end());
@@ -3685,8 +3687,8 @@ interface TarMember {
   fault?: string;
   /** Where its body begins in the archive. */
   offset: number;
-  /** Returns the next bytes of the body, as a view that holds until the next call, or undefined at its end. */
-  read(): Promise<Uint8Array | undefined>;
+  /** Yields the body once, as views that hold until the next one, and only before the next member. */
+  body: Bytes;
 }
 
 /** Types by their flag; `S` is GNU's old form of a sparse file. */
@@ -3696,6 +3698,8 @@ const MEMBER_TYPES: Record<string, string> = {
   "3": "character device", "4": "block device", "5": "directory", "6": "FIFO", "V": "volume label",
 };
 const BODILESS_TYPES = "123456";
+
+type TarHeader = Omit<TarMember, "offset" | "body">;
 
 /** Records of PAX, or GNU's long names under the same keys; values are bytes, which need not be UTF-8. */
 type TarExtensions = Map<string, Uint8Array>;
@@ -3709,7 +3713,7 @@ async function* tarMembers(bytes: Bytes, name: string, seek?: (bytes: number) =>
   const fail = (state: string) => integrityError(`Cannot read archive ${quote(name)}: ${state}`);
   const reader = new ByteReader(bytes, () => fail("it ends early (truncated?)"), seek);
   const globals: TarExtensions = new Map();
-  let pax: TarExtensions = new Map();
+  const pax: TarExtensions = new Map();
   const gnu: TarExtensions = new Map();
   try {
     for (let block = await reader.exactly(TAR_BLOCK_BYTES); block.some((byte) => byte !== 0);) {
@@ -3723,33 +3727,25 @@ async function* tarMembers(bytes: Bytes, name: string, seek?: (bytes: number) =>
           throw fail("an extension header has more than 1 MiB, or no valid size");
         }
         const body = await reader.exactly(size);
-        if (flag === "x") pax = new Map();
+        if (flag === "x") pax.clear();
         if (flag === "L") gnu.set("path", new Uint8Array(untilNul(body)));
         else if (flag === "K") gnu.set("linkpath", new Uint8Array(untilNul(body)));
         else if (!readPaxRecords(body, flag === "g" ? globals : pax)) throw fail("a PAX header is corrupt");
         await reader.skip(paddingAfter(size));
       } else {
         // PAX wins over GNU's long names, and both win over the header. An empty value stands for the header's.
-        const isPlain = gnu.size + globals.size + pax.size === 0;
-        const given = isPlain ? [] : [...gnu, ...globals, ...pax].filter(([, value]) => value.length > 0);
-        const member = readTarMember(block, flag, new Map(given));
-        if (!(member.size >= 0)) throw fail(`the size of ${quote(member.name)} is invalid`);
+        const given = [...gnu, ...globals, ...pax].filter(([, value]) => value.length > 0);
+        const header = readTarHeader(block, flag, new Map(given));
+        if (!(header.size >= 0)) throw fail(`the size of ${quote(header.name)} is invalid`);
         // GNU's old sparse files have further blocks of holes before the body, which the size does not include.
         for (let isMore = flag === "S" && block[482] === 1; isMore;) {
           isMore = (await reader.exactly(TAR_BLOCK_BYTES))[504] === 1;
         }
-        let left = member.size;
-        member.offset = reader.position;
-        member.read = async () => {
-          if (left === 0) return undefined;
-          const part = await reader.some(left);
-          if (part === undefined) throw fail("it ends early (truncated?)");
-          left -= part.length;
-          return part;
-        };
-        yield member;
-        await reader.skip(left + paddingAfter(member.size));
-        if (pax.size > 0) pax = new Map();
+        const { size } = header;
+        const offset = reader.position;
+        yield { ...header, offset, body: reader.pieces(size) };
+        await reader.skip(offset + size + paddingAfter(size) - reader.position);
+        pax.clear();
         gnu.clear();
       }
       block = await reader.exactly(TAR_BLOCK_BYTES);
@@ -3761,7 +3757,7 @@ async function* tarMembers(bytes: Bytes, name: string, seek?: (bytes: number) =>
 }
 
 /** Puts a header and its extensions together. A size of NaN is invalid. */
-function readTarMember(block: Uint8Array, flag: string, extensions: TarExtensions): TarMember {
+function readTarHeader(block: Uint8Array, flag: string, extensions: TarExtensions): TarHeader {
   const { text: name, fault } = decodeName(extensions.get("path") ?? headerName(block));
   const target = decodeName(extensions.get("linkpath") ?? untilNul(block.subarray(157, 257)));
   const isSparse = flag === "S" || extensions.has("sparse");
@@ -3777,8 +3773,6 @@ function readTarMember(block: Uint8Array, flag: string, extensions: TarExtension
     mode: parseTarNumber(block.subarray(100, 108)) ?? 0o644,
     mtime: mtime ?? parseTarNumber(block.subarray(136, 148)) ?? 0,
     fault: isSparse ? "is a sparse file, which is not supported" : fault ?? target.fault,
-    offset: 0,
-    read: () => Promise.resolve(undefined),
   };
 }
 
@@ -3924,12 +3918,14 @@ type ArchivePlan = Part & { filter: FilterOptions; isDecompressed?: boolean };
 
 /** A member that may be written: its path is clean and inside. `source` is its path before components were dropped. */
 type ArchiveMember =
-  | { kind: "file"; path: string; source: string; size: number; mode: number; mtime: number; read: TarMember["read"] }
+  | { kind: "file"; path: string; source: string; size: number; mode: number; mtime: number; body: Bytes }
   | { kind: "directory"; path: string; source: string; mode: number }
   | { kind: "hard link"; path: string; source: string; target: string }
   | { kind: "symbolic link"; path: string; source: string; target: string }
-  | { kind: "whiteout"; source: string; target: string; isOpaque: boolean }
-  | { kind: "skipped"; source: string; reason: string; type?: TarMember["type"] };
+  | { kind: "skipped"; source: string; reason: string; removes?: Removal };
+
+/** What a member removes from lower layers: what is below a path and, unless it is opaque, what is at the path. */
+type Removal = { target: string; isOpaque: boolean };
 
 /** Yields the members of an archive. An unsafe member rejects the whole archive, unless it is skipped. */
 async function* archiveMembers(bytes: Bytes, plan: ArchivePlan): AsyncGenerator<ArchiveMember> {
@@ -3949,24 +3945,26 @@ function damageError(member: string, state: string, options?: { hint?: string })
 
 /** Applies every rule to a member; undefined for the archive's own root. */
 function safeMember(member: TarMember, filter: MemberFilter, directory: string | undefined): ArchiveMember | undefined {
-  const { name, type, linkname, size, mode, mtime, fault, read } = member;
+  const { name, type, linkname, size, mode, mtime, fault, body } = member;
+  if (name.length > MAX_PATH) throw damageError(name, `its path has more than ${MAX_PATH} characters`);
   const source = cleanPath(name);
   if (source === "" && type === "directory") return undefined;
   const { path, reason } = filter(source);
   const whiteout = directory === undefined ? whiteoutOf(source) : undefined;
-  if (reason === EXCLUDED || reason === NOT_INCLUDED) return whiteout ?? { kind: "skipped", source, reason, type };
+  const removes = type === "directory" ? undefined : { target: source, isOpaque: false };
+  if (reason === EXCLUDED || reason === NOT_INCLUDED) return whiteout ?? { kind: "skipped", source, reason, removes };
   if (isOutside(source)) throw unsafeError(name, `its path contains ${source.includes("\0") ? "NUL" : '".."'}`);
   if (source === "") throw damageError(name, "it has no name");
   if (directory && source !== directory && !source.startsWith(`${directory}/`)) {
     throw unsafeError(name, `it lies outside of its directory ${quote(directory)}`);
   }
   if (whiteout !== undefined) return whiteout;
-  if (reason !== undefined) return { kind: "skipped", source, reason, type };
+  if (reason !== undefined) return { kind: "skipped", source, reason, removes };
   if (fault !== undefined) throw damageError(name, `it ${fault}`);
   switch (type) {
     case "file":
       // As in PEP 706: the owner can read and write, others cannot write, and special bits are dropped.
-      return { kind: "file", path, source, size, mode: mode & 0o755 | 0o600, mtime, read };
+      return { kind: "file", path, source, size, mode: mode & 0o755 | 0o600, mtime, body };
     case "directory":
       return { kind: "directory", path, source, mode: mode & 0o755 | 0o700 };
     case "hard link": {
@@ -3975,10 +3973,12 @@ function safeMember(member: TarMember, filter: MemberFilter, directory: string |
       return { kind: "hard link", path, source, target };
     }
     case "symbolic link":
-      if (linkname !== "" && !linkname.includes("\0")) return { kind: "symbolic link", path, source, target: linkname };
+      if (linkname !== "" && linkname.length <= MAX_PATH && !linkname.includes("\0")) {
+        return { kind: "symbolic link", path, source, target: linkname };
+      }
       throw damageError(name, "it is a symbolic link without a valid target");
     default:
-      return { kind: "skipped", source, reason: `${UNSUPPORTED}${type}`, type };
+      return { kind: "skipped", source, reason: `${UNSUPPORTED}${type}`, removes };
   }
 }
 
@@ -3990,8 +3990,8 @@ function whiteoutOf(source: string): ArchiveMember | undefined {
   const removed = name.slice(".wh.".length);
   const isOpaque = removed === ".wh..opq";
   const isNothing = !isOpaque && (["", ".", ".."].includes(removed) || removed.startsWith(".wh."));
-  if (isNothing) return { kind: "skipped", source, reason: WHITEOUT };
-  return { kind: "whiteout", source, target: cleanPath(isOpaque ? directory : `${directory}/${removed}`), isOpaque };
+  const target = cleanPath(isOpaque ? directory : `${directory}/${removed}`);
+  return { kind: "skipped", source, reason: WHITEOUT, removes: isNothing ? undefined : { target, isOpaque } };
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -4029,7 +4029,7 @@ class TreeBuilder {
   #isImageLayer = false;
 
   /** `root` is an empty directory; without it, the tree is only a list. */
-  constructor(private readonly report: (members: number) => void, private readonly root?: string) {
+  constructor(private readonly report: Report, private readonly root?: string) {
     // The root was created with all permissions, so what it lacks is the umask.
     this.#umask = root === undefined ? 0 : 0o777 & ~(Deno.statSync(root).mode ?? 0o777);
   }
@@ -4047,21 +4047,25 @@ class TreeBuilder {
         this.#lowerSources.add(path);
       }
     }
-    for await (const member of archiveMembers(bytes, plan)) await this.#add(member);
+    const turns = new Turns();
+    for await (const member of archiveMembers(bytes, plan)) {
+      await this.#add(member);
+      await turns.give();
+    }
   }
 
   /** Adds a file of an artifact. */
-  async addDownload({ path = "", size = 0, descriptor }: Part, bytes: Bytes): Promise<void> {
-    const source = bytes[Symbol.asyncIterator]();
-    const read = async () => (await source.next()).value as Uint8Array | undefined;
-    const member = { kind: "file", path, source: path, size, mode: 0o644, mtime: Date.now() / 1000, read } as const;
-    await this.#addFile(member, descriptor?.digest).finally(() => source.return?.());
+  async addDownload({ path = "", size = 0, descriptor }: Part, body: Bytes): Promise<void> {
+    const mtime = Date.now() / 1000;
+    await this.#addFile({ kind: "file", path, source: path, size, mode: 0o644, mtime, body }, descriptor?.digest);
   }
 
   /** Creates the symbolic links last, so that nothing is ever written through one. */
-  finish(): Extracted {
+  async finish(): Promise<Extracted> {
+    const turns = new Turns();
     for (const [path, { target }] of this.#entries) {
       if (target === undefined) continue;
+      await turns.give();
       assertInside(path, this.#entries);
       this.#change("create", path, (full) => Deno.symlinkSync(target, full));
     }
@@ -4071,14 +4075,8 @@ class TreeBuilder {
   async #add(member: ArchiveMember): Promise<void> {
     switch (member.kind) {
       case "skipped":
-        if (member.type !== "directory" && this.#lowerSources.has(member.source)) {
-          this.#removeLower({ target: member.source, isOpaque: false });
-        }
+        if (member.removes !== undefined) this.#removeLower(member.removes);
         this.#skipped.push({ path: member.source, reason: member.reason });
-        return;
-      case "whiteout":
-        this.#removeLower(member);
-        this.#skipped.push({ path: member.source, reason: WHITEOUT });
         return;
       case "directory":
         this.#makeParents(member);
@@ -4090,7 +4088,7 @@ class TreeBuilder {
       case "symbolic link": {
         const { kind, path, source, target } = member;
         this.#makeRoom(member);
-        this.#set(path, { kind, target, size: 0, digest: null, source, layer: this.#layer });
+        this.#set(path, { kind, target, size: 0, digest: null, source });
       }
     }
   }
@@ -4098,13 +4096,13 @@ class TreeBuilder {
   async #addFile(member: FileMember, digest: string | null = null): Promise<void> {
     this.#makeRoom(member);
     const size = this.root === undefined ? member.size : await this.#writeFile(join(this.root, member.path), member);
-    this.#set(member.path, { kind: "file", size, digest, source: member.source, layer: this.#layer });
+    this.#set(member.path, { kind: "file", size, digest, source: member.source });
   }
 
-  #set(path: string, entry: TreeEntry): void {
-    this.#entries.set(path, entry);
+  #set(path: string, entry: Omit<TreeEntry, "layer">): void {
+    this.#entries.set(path, { ...entry, layer: this.#layer });
     this.#bySource.set(entry.source, path);
-    this.report(this.size);
+    this.report({ type: "extracted", members: this.size });
   }
 
   #addHardLink({ path, source, target }: Extract<ArchiveMember, { kind: "hard link" }>): void {
@@ -4115,7 +4113,7 @@ class TreeBuilder {
     if (!this.#entries.has(from)) throw this.#linkError(source, target); // it was in a directory that had to go
     const isFile = entry.kind === "file";
     if (isFile) this.#change("create", path, (full) => Deno.linkSync(join(this.root ?? "", from), full));
-    this.#set(path, { ...entry, source, layer: this.#layer });
+    this.#set(path, { ...entry, source });
   }
 
   #linkError(source: string, target: string): FetchWheelsError {
@@ -4126,8 +4124,15 @@ class TreeBuilder {
     return damageError(source, `it is a hard link to ${quote(target)}, which ${state}`, { hint });
   }
 
-  /** Removes what earlier archives put at a path, or below a directory. */
-  #removeLower({ target, isOpaque }: { target: string; isOpaque: boolean }): void {
+  /** Removes what earlier archives put there. */
+  #removeLower({ target, isOpaque }: Removal): void {
+    if (target !== "" && !this.#lowerSources.has(target)) return;
+    const removed = this.#bySource.get(target) ?? "";
+    const { kind = "directory", layer = 0 } = this.#entries.get(removed) ?? {};
+    if (kind !== "directory" && !isOpaque) {
+      if (layer < this.#layer) this.#drop(removed);
+      return;
+    }
     const isRemoved = ({ source, layer }: TreeEntry) =>
       layer < this.#layer && (!isOpaque && source === target || target === "" || source.startsWith(`${target}/`));
     const used = new Set<string>();
@@ -4163,7 +4168,7 @@ class TreeBuilder {
       Deno.mkdirSync(full, { mode });
       if (mode & this.#umask) Deno.chmodSync(full, mode);
     });
-    this.#set(path, { kind: "directory", size: 0, digest: null, source, layer: this.#layer });
+    this.#set(path, { kind: "directory", size: 0, digest: null, source });
   }
 
   /** Makes the parents, and removes what is at the path: of several members of one name, the last one wins. */
@@ -4190,11 +4195,10 @@ class TreeBuilder {
     if (root !== undefined) onDisk(action, path, () => change(join(root, path)));
   }
 
-  async #writeFile(full: string, { path, mode, mtime, read }: FileMember): Promise<number> {
+  async #writeFile(full: string, { path, mode, mtime, body }: FileMember): Promise<number> {
     using file = onDisk("create", path, () => Deno.openSync(full, { write: true, createNew: true, mode }));
     let size = 0;
-    for (let part = await read(); part !== undefined; part = await read()) {
-      const bytes = part;
+    for await (const bytes of body) {
       onDisk("write", path, () => writeAll(file, bytes));
       size += bytes.length;
     }
@@ -4250,7 +4254,7 @@ class WorkerTreeBuilder {
   readonly #failed = new AbortController();
   readonly #ended = Promise.withResolvers<void>();
 
-  constructor(private readonly report: (members: number) => void, private readonly root: string, url: string) {
+  constructor(private readonly report: Report, private readonly root: string, url: string) {
     this.#worker = new Worker(url, { type: "module", name: WORKER_NAME });
     this.#worker.onmessage = ({ data }: MessageEvent<FromWorker>) => this.#receive(data);
     this.#worker.onerror = (event) => {
@@ -4322,7 +4326,7 @@ class WorkerTreeBuilder {
       const { kind, message: text, hint } = message.error;
       this.#failed.abort(new FetchWheelsError(kind, text, { hint: hint ?? undefined }));
     } else this.#calls.shift()?.resolve(message);
-    if ("members" in message) this.report(message.members);
+    if ("members" in message) this.report({ type: "extracted", members: message.members });
     else this.#ended.resolve();
   }
 }
@@ -4357,7 +4361,7 @@ async function serveExtraction(): Promise<void> {
       await builder.extract(message.plan, chunks());
       post({ members: builder.size });
     }
-    if (builder !== undefined) post({ extracted: builder.finish() });
+    if (builder !== undefined) post({ extracted: await builder.finish() });
   } catch (error) {
     post({ error: describeError(toPublicError(error)) });
   }
@@ -4425,7 +4429,7 @@ function isWheelFor(name: string, { os, architecture, variant = "v7" }: Platform
  * What a target receives: parts, base first, the means to read them, and for messages the source, and how many layers of
  * the image were not selected.
  */
-type Delivery = { parts: Part[]; otherLayers: number; open: (part: Part) => Bytes; label: string; meter: ByteMeter };
+type Delivery = { parts: Part[]; otherLayers: number; open: (part: Part) => Bytes; label: string };
 
 type Received = Pick<FetchResult, "files" | "skipped">;
 
@@ -4475,23 +4479,27 @@ async function previewOnly({ parts, open }: Delivery, { dest, clean, report }: S
   for (const part of parts.filter(({ descriptor }) => descriptor === undefined)) {
     for await (const _ of open(part)) break;
   }
-  const names = clean && fs.existsSync(dest) ? onDisk("read", dest, () => fs.readdirSync(dest)) : [];
+  const names = clean && fs.existsSync(dest) ? namesToClean(dest) : [];
   const more = names.length > 5 ? `, and ${names.length - 5} more` : "";
   const message = `--clean would remove from ${quote(dest)}: ${names.slice(0, 5).map(quote).join(", ")}${more}`;
   if (names.length > 0) report({ type: "warning", message });
   return describeTree(parts);
 }
 
+function namesToClean(dest: string): string[] {
+  return onDisk("read", dest, () => fs.readdirSync(dest)).filter((name) => !name.startsWith(stagingPrefix("")));
+}
+
 /** Builds the tree without a disk. An artifact's files are listed from its manifest, without a download. */
-async function listMembers({ parts, open, meter }: Delivery, { filter }: Settings): Promise<Received> {
-  const builder = new TreeBuilder((members) => meter.extracted(members));
+async function listMembers({ parts, open }: Delivery, { filter, report }: Settings): Promise<Received> {
+  const builder = new TreeBuilder(report);
   const titled: FileInfo[] = [];
   for (const part of parts) {
     const { path = part.directory || undefined, descriptor, size = 0 } = part;
     if (path === undefined) await builder.extract({ ...part, filter }, open(part));
     else titled.push({ path, size, digest: descriptor?.digest ?? null });
   }
-  const { files, skipped } = describeTree(parts, builder.finish());
+  const { files, skipped } = describeTree(parts, await builder.finish());
   return { files: [...files, ...titled], skipped };
 }
 
@@ -4660,28 +4668,28 @@ async function receiveTree(delivery: Delivery, root: string, settings: Settings)
 }
 
 /** Applies each part to one tree. Further parts are downloaded meanwhile: the next layer, or several files of an artifact. */
-async function extractParts({ parts, open, meter }: Delivery, tree: string, settings: Settings): Promise<Extracted> {
-  const { filter, workerUrl, connections } = settings;
+async function extractParts({ parts, open }: Delivery, tree: string, settings: Settings): Promise<Extracted> {
+  const { filter, workerUrl, connections, report } = settings;
   const hasFiles = parts.some(({ path }) => path !== undefined);
   const isLarge = parts.reduce((sum, { size = 0 }) => sum + size, 0) >= WORKER_BYTES;
-  const report = (members: number) => meter.extracted(members);
   const local = new TreeBuilder(report, tree);
   const isThreaded = workerUrl !== undefined && isLarge && !hasFiles;
   const worker = isThreaded ? new WorkerTreeBuilder(report, tree, workerUrl) : undefined;
   const builder = worker ?? local;
-  const waiting = [...parts];
-  const ahead: ReadableStream<Uint8Array>[] = [];
+  const parallel = hasFiles ? connections : 2;
+  const streams = new Map<Part, ReadableStream<Uint8Array>>();
   try {
-    for (const part of parts) {
-      const bytes = ahead.shift() ?? open(waiting.shift() ?? part);
-      const wanted = hasFiles ? connections - 1 : 1;
-      for (const next of waiting.splice(0, wanted - ahead.length)) ahead.push(prefetch(open(next), PREFETCH_BYTES));
+    for (const [at, part] of parts.entries()) {
+      const bytes = streams.get(part) ?? open(part);
+      for (const next of parts.slice(at + 1, at + parallel)) {
+        if (!streams.has(next)) streams.set(next, prefetch(open(next), PREFETCH_BYTES));
+      }
       if (part.path === undefined) await builder.extract({ ...part, filter }, bytes);
       else await local.addDownload(part, bytes);
     }
     return await builder.finish();
   } finally {
-    ahead.forEach((stream) => stream.cancel().catch(() => {})); // one that has failed says so again
+    streams.forEach((stream) => stream.cancel().catch(() => {})); // one that has failed says so again
     await worker?.stop();
   }
 }
@@ -4752,20 +4760,17 @@ async function publish(root: string, entries: Extracted["entries"], settings: Se
 
 /** Runs disk operations that may take long, and lets other tasks run between them. */
 async function runInterruptibly(operations: Iterable<void>, signal?: AbortSignal): Promise<void> {
-  let resumed = performance.now();
+  const turns = new Turns();
   for (const _ of operations) {
-    if (performance.now() - resumed < MAX_BLOCKING_MS) continue;
-    await nextTask();
+    await turns.give();
     signal?.throwIfAborted();
-    resumed = performance.now();
   }
 }
 
 /** Directories come first, wheels next, text files last: readers of the constraints rely on the wheels. */
 function planSteps(entries: Extracted["entries"], { dest, clean }: Settings): Journal["steps"] {
   const isEmpty = !fs.existsSync(dest);
-  const names = clean && !isEmpty ? onDisk("read", dest, () => fs.readdirSync(dest)) : [];
-  const old = names.filter((name) => !name.startsWith(stagingPrefix("")));
+  const old = clean && !isEmpty ? namesToClean(dest) : [];
   const steps: Journal["steps"] = old.map((path) => ({ action: "take", path }));
   if (isEmpty) steps.push({ action: "make", path: "" });
   const lookUp = clean || isEmpty ? () => undefined : directoryLookUp();

@@ -10,6 +10,7 @@ import { Buffer } from "node:buffer";
 import { createHash, generateKeyPairSync, type KeyObject, sign } from "node:crypto";
 import {
   type Bytes,
+  concat,
   type DescriptorFields,
   gzip,
   type MadeImage,
@@ -224,6 +225,49 @@ export interface SignatureChanges {
   /** Changes the manifest. */
   manifest?: (manifest: Json) => void;
 }
+
+/** Signatures that must be rejected. Signatures of other keys, of other images and of none are not among them. */
+// deno-fmt-ignore
+export const WRONG_SIGNATURES: Record<SignatureFormat, Record<string, SignatureChanges>> = {
+  bundle: {
+    "an empty signature": { signed: ({ signatures }) => signatures[0].sig = "" },
+    "a signature that is not base64": { signed: ({ signatures }) => signatures[0].sig = "not base64!" },
+    "a signature of three bytes": { signed: ({ signatures }) => signatures[0].sig = "AAAA" },
+    "no signature in the envelope": { signed: (envelope) => envelope.signatures = [] },
+    "another payload type, signed": { payloadType: "application/json" },
+    "another payload type, not signed": { signed: (envelope) => envelope.payloadType = "application/json" },
+    "another predicate": { payload: (statement) => statement.predicateType = "https://slsa.dev/provenance/v1" },
+    "no predicate": { payload: (statement) => delete statement.predicateType },
+    "a subject without a sha256": { payload: ({ subject }) => subject[0].digest = { sha512: `${"01".repeat(64)}` } },
+    "a statement without a subject": { payload: (statement) => delete statement.subject },
+    "a statement that is null": { text: "null" },
+    "a subject that is null": { payload: (statement) => statement.subject = [null] },
+    "a statement that is not JSON": { text: "{" },
+    "a bundle that is not what its descriptor says": { served: (bytes) => concat(bytes, " ") },
+    "a bundle that is not JSON": { raw: () => toBytes("{") },
+    "a bundle that is null": { raw: () => toBytes("null") },
+    "a bundle without an envelope": { bundle: (bundle) => delete bundle.dsseEnvelope },
+    "an envelope that is empty": { bundle: (bundle) => bundle.dsseEnvelope = {} },
+    "an envelope whose signature is null": { signed: (envelope) => envelope.signatures = [null] },
+    "a referrer of another type": { manifest: (it) => it.artifactType = it.layers[0].mediaType = "text/spdx" },
+    "a referrer without layers": { manifest: (manifest) => manifest.layers = [] },
+    "a media type that is not text": { manifest: (it) => it.artifactType = it.layers[0].mediaType = 5 },
+  },
+  simplesigning: {
+    "an empty signature": { signed: (signed) => signed.signature = "" },
+    "a signature that is not base64": { signed: (signed) => signed.signature = "not base64!" },
+    "a changed payload with a descriptor to match": { raw: (bytes) => concat(bytes, " ") },
+    "another type of claim": { payload: ({ critical }) => critical.type = "atomic container signature" },
+    "no type of claim": { payload: ({ critical }) => delete critical.type },
+    "a payload without an image": { payload: ({ critical }) => delete critical.image },
+    "a payload that is null": { text: "null" },
+    "a payload that is not JSON": { text: "cosign container image signature" },
+    "no annotation": { manifest: ({ layers }) => delete layers[0].annotations },
+    "an annotation that is not text": { manifest: ({ layers }) => layers[0].annotations[ANNOTATION.signature] = 5 },
+    "a layer of another type": { manifest: ({ layers }) => layers[0].mediaType = "text/plain" },
+    "a manifest without layers": { manifest: (manifest) => manifest.layers = [] },
+  },
+};
 
 /** Parts of a signature. */
 export interface SignatureFields {
