@@ -558,6 +558,11 @@ function isGranted(descriptor: Deno.PermissionDescriptor): boolean {
   return Deno.permissions.querySync(descriptor).state === "granted";
 }
 
+/** Reports whether a file exists and Deno may read it. */
+function isReadable(path: string): boolean {
+  return isGranted({ name: "read", path }) && fs.existsSync(path);
+}
+
 /** Treats a variable that Deno may not read as not set. */
 function readEnvironment(name: string): string | undefined {
   return isGranted({ name: "env", variable: name }) ? Deno.env.get(name) : undefined;
@@ -1023,7 +1028,7 @@ class CredentialFinder {
   /** A file that does not exist, or that Deno may not read, is skipped silently. */
   async #readFile(path: string): Promise<Uint8Array | undefined> {
     const { signal } = this.settings;
-    if (!isGranted({ name: "read", path }) || !fs.existsSync(path)) return undefined;
+    if (!isReadable(path)) return undefined;
     return await readUserFile(path, signal).catch((error) => {
       signal.throwIfAborted();
       this.#warn(error.message);
@@ -1844,7 +1849,6 @@ const SYSTEM_CERTIFICATES = ["/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls
 
 /** Reads `$SSL_CERT_FILE`, else the system's bundle, as Go and curl do. A file that Deno may not read is skipped. */
 async function readSystemCertificates(env: Settings["env"], signal: AbortSignal): Promise<string[]> {
-  const isReadable = (path: string) => isGranted({ name: "read", path }) && fs.existsSync(path);
   const file = env("SSL_CERT_FILE") || SYSTEM_CERTIFICATES.find(isReadable);
   return file === undefined ? [] : await readCertificates(file, signal);
 }
@@ -4306,9 +4310,8 @@ class WorkerTreeBuilder {
   /** Ends the work, so that no file appears later. */
   async stop(): Promise<void> {
     this.#worker.postMessage("stop");
-    const timer = setTimeout(this.#ended.resolve, SHUTDOWN_MS / 2);
+    using _timer = startTimer(SHUTDOWN_MS / 2, this.#ended.resolve);
     await this.#ended.promise;
-    clearTimeout(timer);
     this.#worker.terminate();
   }
 
@@ -4823,10 +4826,7 @@ function* perform(root: string, journal: Journal): Generator<void> {
       else if (action === "make") {
         fs.mkdirSync(target, { recursive: true });
         fs.chmodSync(target, fs.statSync(staged).mode & 0o777);
-      } else if (!isDone(() => fs.renameSync(staged, target))) {
-        fs.writeFileSync(old, ""); // says that what is at the target from here on is new
-        yield* copyEntry({ from: staged, to: target, part });
-      }
+      } else yield* moveEntry({ from: staged, to: target, part, marker: old });
     } catch (error) {
       throw toDiskError(error, `Cannot publish ${quote(target)}`);
     }
@@ -4844,8 +4844,11 @@ function* undo(root: string, journal: Journal): Generator<void> {
         if (lstatIfExists(target) && fs.readdirSync(target).length === 0) fs.rmdirSync(target);
       } else if (action === "take") {
         if (lstatIfExists(old)) yield* moveEntry({ from: old, to: target, part });
-      } else if (lstatIfExists(target) && (lstatIfExists(old) || !lstatIfExists(staged))) {
-        yield* moveEntry({ from: target, to: staged, part });
+      } else {
+        if (lstatIfExists(target) && (lstatIfExists(old) || !lstatIfExists(staged))) {
+          yield* moveEntry({ from: target, to: staged, part, marker: old });
+        }
+        fs.rmSync(old, { force: true });
       }
     } catch (error) {
       throw toDiskError(error, `Cannot restore ${quote(target)}`);
@@ -4869,12 +4872,17 @@ function locateSteps(root: string, { dest, steps }: Journal) {
   });
 }
 
-/** What to move where; `part` is the name of a file that is still being copied. */
-type Move = { from: string; to: string; part: string };
+/**
+ * What to move where; `part` is the name of a file that is still being copied. While something is being copied, both
+ * paths exist, and the file `marker` says that what is in DEST is new.
+ */
+type Move = { from: string; to: string; part: string; marker?: string };
 
 /** Renames a file or a directory; copies it if a rename is refused. */
 function* moveEntry(move: Move): Generator<void> {
-  if (!isDone(() => fs.renameSync(move.from, move.to))) yield* copyEntry(move);
+  if (isDone(() => fs.renameSync(move.from, move.to))) return;
+  if (move.marker !== undefined) fs.writeFileSync(move.marker, "");
+  yield* copyEntry(move);
 }
 
 /** Moves a file, or the entries of a directory, without renaming it. */
@@ -5358,7 +5366,7 @@ function checkConflicts(command: Command, options: CommandOptions, io: Io): void
 /** A tarball's name without "./" would be an image's name. */
 function checkSource(source: string): void {
   if (!/^[^/.:@][^:@]*\.(?:tar|tgz|tar\.\w+|whl)$/.test(source)) return;
-  if (!isGranted({ name: "read", path: source }) || !fs.existsSync(source)) return;
+  if (!isReadable(source)) return;
   const message = `Cannot use source ${quote(source)}: without "./" it is an image reference`;
   throw usageError(message, { hint: `for the file, write ./${source}` });
 }
@@ -5419,12 +5427,12 @@ async function readWheelsFile(file: string, { signal = new AbortController().sig
  * image. The wheels are there, so a failure is only a warning.
  */
 function rememberSource(source: string, file: string, output: Output): void {
-  if (!isGranted({ name: "read", path: dirname(file) }) || !isGranted({ name: "write", path: file })) return;
+  if (!isReadable(dirname(file)) || !isGranted({ name: "write", path: file })) return;
   const url = URL.parse(source);
   const kept = url?.username || url?.password ? withoutUser(url).href : source;
   try {
     const isPipe = statIfExists(file)?.isFIFO() ?? false; // writing to it would wait for a reader
-    if (fs.existsSync(dirname(file)) && !isPipe) fs.writeFileSync(file, `${kept}\n`);
+    if (!isPipe) fs.writeFileSync(file, `${kept}\n`);
   } catch (error) {
     const { message } = toDiskError(error, `Cannot write ${quote(file)}`) as Error;
     output.log(`warning: ${message.split("\n")[0]}; the source is not remembered`);

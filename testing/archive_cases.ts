@@ -7,27 +7,35 @@
 
 import type { FetchWheelsOptions } from "../fetch_wheels.ts";
 import {
-  directory,
   flip,
   gnu,
   gzipWithAllFields,
-  hardlink,
   head,
   latin1,
   meta,
   oldSparse,
-  type Parts,
   pax,
   regular,
   SKIPPABLE,
   sparse,
-  symlink,
-  tarOf,
   ZSTD_MAGIC,
   zstdChecked,
   zstdStored,
 } from "./archives.ts";
-import { base256, type Bytes, concat, gzip, gzipMembers, paxRecords, zstd } from "./images.ts";
+import {
+  base256,
+  type Bytes,
+  concat,
+  directory,
+  gzip,
+  gzipMembers,
+  hardlink,
+  type Parts,
+  paxRecords,
+  symlink,
+  tarOf,
+  zstd,
+} from "./images.ts";
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Compressions
@@ -311,6 +319,9 @@ export const REFUSED: Refused[] = [
   ["a global PAX header of more than 1 MiB", "integrity",
     [meta("g", paxRecords({ comment: "y".repeat(MIB) })), regular("a.whl")]],
   ["a GNU long name of more than 1 MiB", "integrity", [gnu("L", "y".repeat(MIB)), regular("a.whl")]],
+  ["a path of more than 4,096 characters", "integrity: 4096", [pax({ path: `${"a/".repeat(40_000)}b.whl` }), regular("a.whl")]],
+  ["a symbolic link to more than 4,096 characters", "integrity",
+    [pax({ linkpath: "a/".repeat(40_000) }), symlink("link", "x")]],
   ["a PAX header of a huge size", "integrity", [head("p", "x", { size: 2 ** 40 })]],
   ["a PAX header of a negative size", "integrity", [head("p", "x", { size: -1 }), regular("a.whl")]],
   ["a wrong checksum", "integrity", [regular("a.whl", "x", { checksum: 1 })]],

@@ -11,6 +11,7 @@ import {
   type Bytes,
   concat,
   fixChecksum,
+  type Parts,
   paxRecords,
   rawHeader,
   type RawHeaderFields,
@@ -64,33 +65,6 @@ export function flip(bytes: Uint8Array, at: number): Bytes {
 // ---------------------------------------------------------------------------------------------------------------------
 // Members of any type, and extension headers
 // ---------------------------------------------------------------------------------------------------------------------
-
-/** Parts of an archive, in order: headers, bodies, and lists of these. */
-export type Parts = (string | Uint8Array | Parts)[];
-
-/** Builds an archive of any members. */
-export function tarOf(...parts: Parts): Bytes {
-  return rawTar(...flatParts(parts));
-}
-
-function flatParts(parts: Parts): (string | Uint8Array)[] {
-  return parts.flatMap((part) => Array.isArray(part) ? flatParts(part) : [part]);
-}
-
-/** A symbolic link. */
-export function symlink(name: string, linkname: string): Parts {
-  return [rawHeader({ name, linkname, typeflag: "2" })];
-}
-
-/** A hard link. */
-export function hardlink(name: string, linkname: string): Parts {
-  return [rawHeader({ name, linkname, typeflag: "1" })];
-}
-
-/** A directory. */
-export function directory(name: string, mode: number = 0o755): Parts {
-  return [rawHeader({ name, typeflag: "5", mode })];
-}
 
 /** A header alone. */
 export function head(name: string | Uint8Array, typeflag: string, fields: Partial<RawHeaderFields> = {}): Bytes {

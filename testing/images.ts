@@ -8,7 +8,7 @@
 
 import { Buffer } from "node:buffer";
 import { createHash, generateKeyPairSync, sign } from "node:crypto";
-import { crc32, gunzipSync, gzipSync, zstdCompressSync, zstdDecompressSync } from "node:zlib";
+import { crc32, deflateRawSync, gunzipSync, gzipSync, zstdCompressSync, zstdDecompressSync } from "node:zlib";
 
 /** Bytes backed by an `ArrayBuffer`, the type that `Response` requires. */
 export type Bytes = Uint8Array<ArrayBuffer>;
@@ -75,6 +75,12 @@ export function gzip(bytes: Uint8Array): Bytes {
 /** Compresses each part into a gzip member of its own, as eStargz does. */
 export function gzipMembers(...parts: Uint8Array[]): Bytes {
   return concat(...parts.map(gzip));
+}
+
+/** Makes gzip that does not compress, so that as many bytes come in as go out. */
+export function gzipStored(bytes: Uint8Array): Bytes {
+  const [head, tail] = [gzip(bytes).subarray(0, 10), gzip(bytes).subarray(-8)];
+  return concat(head, deflateRawSync(bytes, { level: 0 }), tail);
 }
 
 /** Compresses the bytes into one zstd frame. */
@@ -331,6 +337,39 @@ export function rawMembers(...parts: (Uint8Array | string)[]): Bytes {
   return concat(...padded);
 }
 
+/** Parts of an archive, in order: headers, bodies, and lists of these. */
+export type Parts = (string | Uint8Array | Parts)[];
+
+/** Builds an archive of any members, as `rawTar`. */
+export function tarOf(...parts: Parts): Bytes {
+  return rawTar(...flatParts(parts));
+}
+
+/** Returns the headers and bodies of nested parts. */
+export function flatParts(parts: Parts): (string | Uint8Array)[] {
+  return parts.flatMap((part) => Array.isArray(part) ? flatParts(part) : [part]);
+}
+
+/** A file that contains its own name, or `data`. */
+export function file(name: string, data: string = name, fields: Partial<RawHeaderFields> = {}): Parts {
+  return [rawHeader({ name, size: data.length, ...fields }), data];
+}
+
+/** A symbolic link. */
+export function symlink(name: string, linkname: string): Parts {
+  return [rawHeader({ name, linkname, typeflag: "2" })];
+}
+
+/** A hard link. */
+export function hardlink(name: string, linkname: string): Parts {
+  return [rawHeader({ name, linkname, typeflag: "1" })];
+}
+
+/** A directory. */
+export function directory(name: string, mode: number = 0o755): Parts {
+  return [rawHeader({ name, typeflag: "5", mode })];
+}
+
 /** Returns the offsets of all headers of a valid archive, those of PAX and GNU extensions included. */
 export function headerOffsets(tar: Uint8Array): number[] {
   const offsets: number[] = [];
@@ -440,6 +479,27 @@ export function makeIndex(entries: DescriptorFields[], format: "oci" | "docker" 
   const manifest = json({ schemaVersion: 2, mediaType, manifests: entries });
   const descriptor = describe(manifest, mediaType);
   return { manifest, mediaType, digest: descriptor.digest, descriptor };
+}
+
+/** Returns the files of an OCI layout with these images and tagged manifests. */
+export function layoutMembers(
+  images: MadeImage[],
+  tagged: Record<string, MadeManifest>,
+): (TarMember & { data: Bytes })[] {
+  const tags = Object.entries(tagged);
+  const blobs = [
+    ...images.flatMap(({ manifest, blobs }) => [manifest, ...blobs.values()]),
+    ...tags.map(([, made]) => made.manifest),
+  ];
+  const manifests = tags.map(([tag, { descriptor }]) => {
+    return { ...descriptor, annotations: { "org.opencontainers.image.ref.name": tag } };
+  });
+  const unique = new Map(blobs.map((data) => [sha256(data), data]));
+  return [
+    ...[...unique].map(([digest, data]) => ({ name: `blobs/${digest.replace(":", "/")}`, data })),
+    { name: "oci-layout", data: json({ imageLayoutVersion: "1.0.0" }) },
+    { name: "index.json", data: json({ schemaVersion: 2, manifests }) },
+  ];
 }
 
 /** Builds an OCI archive of one image, in which the blobs precede `index.json`, as skopeo writes it. */

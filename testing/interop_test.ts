@@ -1,6 +1,6 @@
 /**
  * Compares fetch_wheels with the programs that write archives and images: GNU tar, bsdtar, Python, Go, oras, crane and
- * skopeo. A test whose program is not installed is ignored.
+ * skopeo. Also a real registry behind real proxies. A test whose program is not installed is ignored.
  *
  * @module
  */
@@ -19,24 +19,11 @@ import {
   makeTar,
   makeWheel,
   MEDIA,
-  sha256,
   toBytes,
 } from "./images.ts";
-import { isInPath, startDockerRegistry } from "./proxies.ts";
-import { Scratch } from "./scratch.ts";
-
-/** Describes each path below a directory: its type, its mode, and the digest of its contents or its target. */
-function snapshot(dir: string, prefix = ""): Record<string, string> {
-  const all: Record<string, string> = {};
-  for (const { name } of Deno.readDirSync(dir)) {
-    const path = join(dir, name);
-    const { isSymlink, isDirectory, mode } = Deno.lstatSync(path);
-    if (isSymlink) all[prefix + name] = `link ${Deno.readLinkSync(path)}`;
-    else if (isDirectory) Object.assign(all, { [prefix + name]: "directory" }, snapshot(path, `${prefix}${name}/`));
-    else all[prefix + name] = `file ${((mode ?? 0) & 0o7777).toString(8)} ${sha256(Deno.readFileSync(path))}`;
-  }
-  return all;
-}
+import { run, runProgram } from "./program.ts";
+import { isInPath, pushByApi, startDockerRegistry, startNginx, startProxy, startTinyproxy } from "./proxies.ts";
+import { Scratch, snapshot } from "./scratch.ts";
 
 /** Runs a program that must succeed; returns its output. */
 async function execute([program = "", ...args]: string[], cwd?: string): Promise<string> {
@@ -409,5 +396,75 @@ Deno.test({
     await execute([...install, "fetched-package"]);
     const script = `import sys; sys.path.insert(0, "${site}"); import fetched_package; print(fetched_package.answer)`;
     assert.equal(await execute(["python3", "-c", script]), "42");
+  },
+});
+
+const SERVERS = ["docker-registry", "nginx", "htpasswd", "tinyproxy"];
+const missingServers = SERVERS.filter((program) => !isInPath(program));
+
+Deno.test({
+  name: `docker-registry behind nginx and tinyproxy, both with passwords${
+    missingServers.length ? ` (needs ${missingServers})` : ""
+  }`,
+  ignore: missingServers.length > 0,
+  async fn(t) {
+    const tls = await makeSignedCertificate(["registry.example", "denied.example", "127.0.0.1"]);
+    using scratch = new Scratch();
+    const caFile = scratch.at("ca.pem", tls.ca);
+    await using registry = await startDockerRegistry();
+    const layer = gzip(await makeTar([{ name: "a-1-py3-none-any.whl", data: "wheel" }]));
+    await pushByApi(registry.host, makeImage({ layers: [layer] }));
+    const user = { username: "user", password: "S3CRET" };
+    await using nginx = await startNginx({ upstream: registry.host, tls, credentials: user });
+    await using names = startProxy({ route: () => nginx.host });
+    const credentials = { username: "peter", password: "pr0xy" };
+    await using proxy = await startTinyproxy({ upstream: names.host, credentials, denied: ["^denied\\."] });
+    const closed = Deno.listen({ hostname: "127.0.0.1", port: 0 });
+    closed.close();
+    await using broken = await startTinyproxy({ upstream: `127.0.0.1:${closed.addr.port}` });
+
+    const login = { REGISTRY_USERNAME: "user", REGISTRY_PASSWORD: "S3CRET\n" };
+    const wrong = { REGISTRY_USERNAME: "user", REGISTRY_PASSWORD: "wrong" };
+    const [direct, named] = [`${nginx.host}/ns/wheels:1.0`, "registry.example/ns/wheels:1.0"];
+    const https = (url: string) => ({ ...login, HTTPS_PROXY: `http://${url}` });
+    const through = https(`peter:pr0xy@${proxy.host}`);
+    const table: [name: string, source: string, env: Record<string, string>, code: number, words?: RegExp][] = [
+      ["nginx", direct, login, 0],
+      ["nginx, not through a proxy", direct, https("127.0.0.1:1"), 0],
+      ["nginx, wrong password", direct, wrong, 4, /401/],
+      ["nginx, no password", direct, {}, 4],
+      ["tinyproxy", named, through, 0],
+      ["tinyproxy, by ALL_PROXY", named, { ...login, ALL_PROXY: through.HTTPS_PROXY }, 0],
+      ["tinyproxy, wrong registry password", named, { ...through, ...wrong }, 4, /401/],
+      ["tinyproxy, no proxy password", named, https(proxy.host), 5, /proxy.*\b407\b/is],
+      // tinyproxy answers 401 to a wrong password.
+      ["tinyproxy, wrong proxy password", named, https(`peter:wr0ng@${proxy.host}`), 5, /proxy.*\b401\b/is],
+      ["tinyproxy, denied host", "denied.example/ns/wheels:1.0", through, 5, /proxy.*\b403\b/is],
+      ["tinyproxy, dead upstream", named, https(broken.host), 5, /proxy.*\b50\d\b/is],
+    ];
+    /** Runs the command line, and asserts the exit code and the output of a success. Returns stderr. */
+    const exits = async (expected: number, args: string[], env: Record<string, string>, start = run) => {
+      const common = ["--platform", "linux/amd64", "--retries", "0", "-o", "-"];
+      const { code, bytes, stderr } = await start([...common, ...args], { env });
+      assert.equal(code, expected, stderr);
+      if (code === 0) assert.deepEqual(bytes, layer);
+      return stderr;
+    };
+    for (const trust of [["--ca-file", caFile], ["--insecure"]]) {
+      for (const [name, source, env, code, words = /./] of table) {
+        await t.step(`${name}, ${trust[0]}`, async () => {
+          const stderr = await exits(code, ["--protocol", "https", ...trust, "-v", source], env);
+          assert.match(stderr, words);
+          assert.doesNotMatch(stderr, /peter|pr0xy|wr0ng|S3CRET/);
+          if (words.source.startsWith("proxy")) assert.doesNotMatch(stderr, /--protocol http\b/);
+        });
+      }
+      await t.step(`from the real environment, ${trust[0]}`, async () => {
+        await exits(0, ["--protocol", "https", ...trust, named], through, runProgram);
+      });
+    }
+    await t.step("http at nginx's https port", async () => {
+      assert.match(await exits(5, ["--protocol", "http", direct], login), /https/i);
+    });
   },
 });

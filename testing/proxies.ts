@@ -8,6 +8,7 @@
 import { Buffer } from "node:buffer";
 import { join } from "node:path";
 import type { Certificate } from "./certificates.ts";
+import type { MadeImage } from "./images.ts";
 import { closeQuietly, copyBytes } from "./registry.ts";
 
 /** What a proxy does with a request. */
@@ -263,6 +264,24 @@ export function startDockerRegistry({ http = "", lines = [] as string[] } = {}):
     Deno.writeTextFileSync(config, text.join("\n"));
     return ["serve", config];
   });
+}
+
+/** Pushes an image as `ns/wheels:1.0` by the distribution API. */
+export async function pushByApi(host: string, { manifest, mediaType, blobs }: MadeImage): Promise<void> {
+  const request = async (method: string, url: URL, body?: BodyInit, contentType = "application/octet-stream") => {
+    const response = await fetch(url, { method, body, headers: { "content-type": contentType } });
+    await response.body?.cancel();
+    if (!response.ok) throw new Error(`${method} ${url}: ${response.status}`);
+    return response.headers.get("location") ?? "";
+  };
+  const base = new URL(`http://${host}/v2/ns/wheels/`);
+  for (const [digest, blob] of blobs) {
+    const uploads = new URL("blobs/uploads/", base);
+    const location = new URL(await request("POST", uploads), uploads);
+    location.searchParams.set("digest", digest);
+    await request("PUT", location, blob);
+  }
+  await request("PUT", new URL("manifests/1.0", base), manifest, mediaType);
 }
 
 /** How nginx behaves. */

@@ -10,7 +10,7 @@ import { Buffer } from "node:buffer";
 import { randomUUID } from "node:crypto";
 import { setTimeout as delay } from "node:timers/promises";
 import type { Certificate } from "./certificates.ts";
-import { type Bytes, sha256 } from "./images.ts";
+import { type Bytes, MEDIA, sha256, toBytes } from "./images.ts";
 
 export { type Certificate, makeCertificate } from "./certificates.ts";
 
@@ -111,6 +111,8 @@ export interface RegistryOptions {
   referrers?: boolean | { artifactType?: string; pageSize?: number };
   /** Certificate and key in PEM, for all origins. */
   tls?: Certificate;
+  /** The first value of `TestRegistry.faults`. */
+  faults?: TestRegistry["faults"];
   /** Called first; a response that it returns is the answer. */
   onRequest?: (
     request: Request,
@@ -129,6 +131,22 @@ export interface PushableImage {
 /** Starts a registry on a free port of 127.0.0.1. Close it with `await using`. */
 export function startRegistry(options: RegistryOptions = {}): TestRegistry {
   return new TestRegistry(options);
+}
+
+/**
+ * Serves an image of one layer, which its manifest may describe wrongly; returns the reference. It has no configuration,
+ * so that the layer is the only blob that is requested.
+ */
+export function serveLayer(
+  registry: TestRegistry,
+  layer: Bytes,
+  described: { digest?: string; size?: number; mediaType?: string } = {},
+): string {
+  const { digest = sha256(layer), size = layer.length, mediaType = MEDIA.ociLayerGzip } = described;
+  const layers = [{ mediaType, digest: registry.pushBlob(layer, digest), size }];
+  const manifest = JSON.stringify({ schemaVersion: 2, mediaType: MEDIA.ociManifest, layers });
+  registry.pushManifest("ns/wheels", "1.0", toBytes(manifest), MEDIA.ociManifest);
+  return `${registry.host}/ns/wheels:1.0`;
 }
 
 const SERVICE = "test-registry";
@@ -161,7 +179,7 @@ export class TestRegistry implements AsyncDisposable {
   /** All requests to all origins, in the order of arrival. */
   readonly requests: LoggedRequest[] = [];
   /** Faults of every request for a blob, at either origin; or a function that returns the faults of a request. */
-  faults: Fault[] | ((context: RequestContext) => Fault[]) = [];
+  faults: Fault[] | ((context: RequestContext) => Fault[]);
 
   readonly #options: RegistryOptions;
   readonly #closing = new AbortController();
@@ -174,6 +192,7 @@ export class TestRegistry implements AsyncDisposable {
 
   constructor(options: RegistryOptions) {
     this.#options = options;
+    this.faults = options.faults ?? [];
     const names: OriginName[] = ["registry"];
     if (options.storage) names.push("storage");
     if (options.auth === "bearer") names.push("token");
