@@ -5008,7 +5008,11 @@ export async function main(args: string[], io: Io): Promise<number> {
   await output.flush(); // data on stdout comes after what was logged before
   try {
     const bytes = new TextEncoder().encode(text);
-    if (bytes.length > 0) await ReadableStream.from([bytes]).pipeTo(io.stdout, { preventClose: true });
+    if (bytes.length > 0) {
+      const writer = io.stdout.getWriter();
+      await writer.write(bytes);
+      writer.releaseLock();
+    }
     return status;
   } catch (error) {
     const code = errorCode(error) ?? "";
@@ -5235,7 +5239,8 @@ Examples:
   fetch_wheels -o - registry.example:5000/ns/wheels:1.0 | tar tz
 
 Exit status: 0 done, 1 a bug, 2 usage, 3 not found, 4 credentials, 5 network,
-6 integrity, 7 unsafe archive, 8 disk, 130 SIGINT, 143 SIGTERM`;
+6 integrity, 7 unsafe archive, 8 disk, 130 SIGINT, 143 SIGTERM
+`;
 
 /** Returns the options in their groups. The description of an option names its environment variable as `($NAME)`. */
 function optionGroups(): Record<string, Option[]> {
@@ -5247,6 +5252,10 @@ function optionGroups(): Record<string, Option[]> {
     option(flags, description).argParser((text) => text.trim() === "" ? NaN : Number(text));
   // deno-fmt-ignore -- a table: one option, one line
   return {
+    "Options:": [
+      option("-V, --version", "print the version"),
+      option("-h, --help", "print this help"),
+    ],
     "Source:": [
       option("--platform <os/arch[/variant]>", "choose this from a multi-platform image (default: the host's)"),
       repeated("--layer <which>", "N (1 is the base), last, a digest, or all (repeatable; default: last)"),
@@ -5289,7 +5298,6 @@ function optionGroups(): Record<string, Option[]> {
 
 /** Returns the source and the options, or the text of help or version. */
 function readCommandLine(args: string[], io: Io): string | { source?: string; options: CommandOptions } {
-  let text = "";
   const command = new Command("fetch_wheels")
     .usage("[OPTIONS] [SOURCE]")
     .description(
@@ -5297,23 +5305,20 @@ function readCommandLine(args: string[], io: Io): string | { source?: string; op
     )
     .argument("[source]", "image, URL or path")
     .allowExcessArguments() // checked below, in this program's words
-    .version(`fetch_wheels ${VERSION}`, "-V, --version", "print the version")
-    .helpOption("-h, --help", "print this help")
-    .addHelpText("after", HELP_AFTER)
+    .helpOption(false) // commander's own, like its version option, ends by throwing an error, which takes 6 ms
     .exitOverride()
-    .configureOutput({ writeOut: (part) => text += part, writeErr: () => {} })
-    .configureOutput({ getOutHelpWidth: () => 80, getOutHasColors: () => false });
+    .configureOutput({ writeErr: () => {}, getOutHelpWidth: () => 80, getOutHasColors: () => false });
   for (const [heading, group] of Object.entries(optionGroups())) {
     for (const option of group) command.addOption(option.helpGroup(heading));
   }
   try {
     command.parse(args, { from: "user" });
-    const words = command.args.join(" ");
-    if (words === "help" || words === "version") command.parse([`--${words}`], { from: "user" });
   } catch (error) {
-    if (error instanceof CommanderError && error.exitCode === 0) return text;
     throw error instanceof CommanderError ? commandLineError(error) : error;
   }
+  const words = command.args.join(" ");
+  if (words === "help" || command.getOptionValue("help")) return command.helpInformation() + HELP_AFTER;
+  if (words === "version" || command.getOptionValue("version")) return `fetch_wheels ${VERSION}\n`;
   for (const option of command.options) {
     const variable = /\(\$(\w+)\)$/.exec(option.description)?.[1];
     const value = variable === undefined ? undefined : io.env(variable);
