@@ -641,6 +641,11 @@ Deno.test("a credential helper is run with the registry's key on stdin", async (
     const stderr = await exits(4, [source], { env }, runProgram);
     assert.match(stderr, /warning: .*--allow-run=docker-credential-mine/);
   });
+  await t.step("which does not answer", async () => {
+    scratch.at("docker-credential-mine", "#!/bin/sh\nexec sleep 60\n");
+    const stderr = await exits(4, ["--timeout", "0.3", source], { env }, programWith(["--allow-run"]));
+    assert.match(stderr, /warning: .*"docker-credential-mine": it did not answer within 0\.3 s; continuing/);
+  });
 });
 
 Deno.test("an unusable helper, and an auth that is not base64, cause a warning", async (t) => {
@@ -1305,7 +1310,7 @@ Deno.test("a process that waits for a silent proxy ends after the timeout, and o
 Deno.test("a failure of the proxy is reported as the proxy's, with its status", async (t) => {
   const table: [behavior: ProxyBehavior, words: RegExp, requests: number, isAmbiguous?: boolean][] = [
     [403, /\b403\b/, 1, true],
-    [407, /\b407\b/, 1],
+    [407, /\b407\b[^]*\n.*hint: put the proxy's user name and password/, 1],
     [502, /\b502\b/, 2, true],
     ["close", /./, 2, true],
   ];
@@ -2658,6 +2663,14 @@ Deno.test("a cache that cannot be written causes a warning, and is not used", as
     const file = cached.scratch.at("file", "file");
     const warnings = await cached.fetch({ cache: file });
     assert(warnings.some((text) => text.includes(file)), warnings.join());
+  });
+  await t.step("because another process fetches the same blob", async () => {
+    await using cached = await serveCached();
+    const part = cached.scratch.at(`cache/${cached.entry}.part`, "other");
+    using other = Deno.openSync(part, { read: true, write: true });
+    other.lockSync(true);
+    await cached.fetch();
+    assert.equal(Deno.readTextFileSync(part), "other");
   });
   await t.step("because the file of an unfinished blob is a pipe", async () => {
     await using cached = await serveCached();
