@@ -558,6 +558,14 @@ function isGranted(descriptor: Deno.PermissionDescriptor): boolean {
   return Deno.permissions.querySync(descriptor).state === "granted";
 }
 
+/** Throws what Deno throws without a terminal. On one, it would prompt, and no signal would be handled meanwhile. */
+function assertGranted(descriptor: Deno.NetPermissionDescriptor | Deno.ReadPermissionDescriptor): void {
+  if (isGranted(descriptor)) return;
+  const { name } = descriptor;
+  const subject = name === "net" ? descriptor.host : descriptor.path;
+  throw new Deno.errors.NotCapable(`Requires ${name} access to "${subject}", run again with the --allow-${name} flag`);
+}
+
 /** Reports whether a file exists and Deno may read it. */
 function isReadable(path: string): boolean {
   return isGranted({ name: "read", path }) && fs.existsSync(path);
@@ -566,6 +574,10 @@ function isReadable(path: string): boolean {
 /** Treats a variable that Deno may not read as not set. */
 function readEnvironment(name: string): string | undefined {
   return isGranted({ name: "env", variable: name }) ? Deno.env.get(name) : undefined;
+}
+
+function hostAndPort({ hostname, port, protocol }: URL): string {
+  return `${hostname}:${port || ({ "http:": 80, "https:": 443 }[protocol] ?? 1080)}`; // or that of SOCKS
 }
 
 function parseMirror(text: string): URL {
@@ -815,6 +827,7 @@ async function* chunksOf(file: Deno.FsFile, options: { path: string; size?: numb
 
 /** Reads a small file of the user's whole. It may be a pipe that nobody writes to, so the signal ends the wait. */
 async function readUserFile(path: string, signal: AbortSignal): Promise<Uint8Array> {
+  assertGranted({ name: "read", path });
   return await untilAborted(Deno.readFile(path), signal).catch((error) => {
     throw toDiskError(error, `Cannot read ${quote(path)}`);
   });
@@ -854,6 +867,9 @@ function parseSource(text: string): Source {
   const [, kind, path, tag] = /^(oci|oci-archive|docker-archive):(?!\/\/)(.+?)(?::([^/:]+))?$/s.exec(text) ?? [];
   if (kind === "docker-archive") return { kind, path: text.slice(kind.length + 1) };
   if (path !== undefined && (kind === "oci" || kind === "oci-archive")) return { kind, path, tag };
+  if (/^(?:oci|oci-archive|docker-archive):$/.test(text)) {
+    throw usageError(`Cannot use source "${text}": the path is missing`);
+  }
   const transport = /^(?:(?:docker|oci|oci-archive|docker-archive):\/\/|(?:dir|docker-daemon|containers-storage):)/
     .exec(text)?.[0];
   if (transport !== undefined) {
@@ -883,7 +899,7 @@ function parseSource(text: string): Source {
  * @throws {FetchWheelsError} of kind `usage`, which quotes the text and names the rule that it breaks
  */
 export function parseImageReference(text: string): ImageReference {
-  const shown = withoutSecrets(text).replace(/^[^/@]*:(?!\/\/).*@(?!sha\d)/s, ""); // a user name and a password
+  const shown = withoutSecrets(text).replace(/^[^/@]*:(?!\/\/).*@(?!sha\d)/s, "…@"); // a user name and a password
   const fail = (rule: string, hint?: string) =>
     usageError(`Cannot parse image reference ${quote(shown)}: ${rule}`, { hint });
   if (text === "") throw fail("it is empty");
@@ -909,7 +925,8 @@ export function parseImageReference(text: string): ImageReference {
   if (/[A-Z]/.test(repository)) {
     // Case matters in a tag, but not in a name.
     const lowered = text.replace(/^.*?(?=[:@][^/]*$|$)/, (name) => name.toLowerCase());
-    throw fail("a repository name must be lower case", `try ${lowered}`);
+    const isUsable = REPOSITORY.test(repository.toLowerCase());
+    throw fail("a repository name must be lower case", isUsable ? `try ${lowered}` : undefined);
   }
   if (repository.length > 255) throw fail("a repository name has at most 255 characters");
   if (!REPOSITORY.test(repository)) throw fail(REPOSITORY_RULE);
@@ -1603,6 +1620,8 @@ class Transport implements Disposable {
     const { url, proxy } = exchange;
     const { fetch: given, insecure } = this.settings;
     if (given !== undefined) return await sendByFetch(given, exchange);
+    assertGranted({ name: "net", host: hostAndPort(url) });
+    if (proxy !== undefined) assertGranted({ name: "net", host: hostAndPort(proxy) });
     // `fetch` obeys the environment of the process by itself.
     const isFetchProxied = ["HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"].some(readEnvironment);
     const isMisrouted = proxy === undefined ? isFetchProxied : !proxy.protocol.startsWith("socks");
@@ -2902,7 +2921,9 @@ function urlBytes(url: URL, http: HttpClient): Bytes {
   const get = async ({ expected = [], ...request }: GetOptions) => {
     const response = await http.request([bare], { ...request, authorizations });
     if (response.isOk || expected.includes(response.status)) return response;
-    throw await http.statusError(response, `Cannot fetch ${quote(name)}`);
+    const isImage = /:[^/]+$/.test(bare.pathname);
+    const hint = isImage ? `for an image in a registry, write "${bare.host}${bare.pathname}"` : undefined;
+    throw await http.statusError(response, `Cannot fetch ${quote(name)}`, hint);
   };
   return new BlobDownload(http, { get, name, isMirror: false, isImmutable: false }).bytes(0);
 }
@@ -4465,7 +4486,7 @@ function toTarget(receive: Target["receive"], staging?: StagingDirectory): Targe
 
 /** `--clean` must not remove more than a directory of wheels. */
 function assertCleanable(dest: string, home: string | undefined): void {
-  const real = (path: string) => onDisk("use", path, () => fs.existsSync(path) ? fs.realpathSync(path) : path);
+  const real = (path: string) => onDisk("use", path, () => isReadable(path) ? fs.realpathSync(path) : path);
   const path = real(dest);
   const places = [["the root directory", "/"], ["the working directory", process.cwd()], ["the home directory", home]];
   for (const [name, place] of places) {
@@ -5033,7 +5054,6 @@ async function runCommandLine(args: string[], { io, output }: { io: Io; output: 
   checkPermissions(given, options, args);
   const source = given ?? await readWheelsFile(options.wheelsFile, io);
   checkPermissions(source, options, args);
-  checkSource(source);
   const fetchOptions = await toFetchOptions(options, io);
   output.beginProgress(options);
   const result = await fetchWheels(source, { ...fetchOptions, onProgress: (event) => output.report(event) });
@@ -5118,10 +5138,10 @@ class Output {
     const width = this.#columns() - 1;
     if (width < 0) return;
     const lines = this.#progressLines();
-    const shortest = lines.at(-1) ?? "";
-    const line = [...lines.map((text) => `fetch_wheels: ${text}`), shortest].find(({ length }) => length <= width);
+    const choices = [...lines.slice(0, -1).map((text) => `fetch_wheels: ${text}`), ...lines];
+    const line = choices.find(({ length }) => length <= width) ?? "";
     this.#isDrawn = true;
-    this.io.stderr(`\r${line ?? shortest.slice(0, width)}\x1b[K`);
+    this.io.stderr(`\r${line}\x1b[K`);
   }
 
   #erase(): void {
@@ -5129,10 +5149,10 @@ class Output {
     this.#isDrawn = false;
   }
 
-  /** Describes the progress at decreasing lengths; percentage and time left stay. */
+  /** Describes the progress at decreasing lengths; a number that is cut off would be another one. */
   #progressLines(): string[] {
     const { received, total = 0 } = this.#progress;
-    if (received === 0) return ["waiting for data"];
+    if (received === 0) return ["waiting for data", "waiting"];
     const speed = this.#measureRate();
     const percentage = total > 0 ? `${Math.floor(100 * Math.min(1, received / total))} %` : "";
     const amount = `${formatBytes(received)}${total > 0 ? ` of ${formatBytes(total)}` : ""}`;
@@ -5145,6 +5165,7 @@ class Output {
       [percentage, amount, rate, left],
       [percentage, amount, left],
       [percentage || amount, left],
+      [percentage || amount],
     ];
     return choices.map((parts) => parts.filter((part) => part !== "").join(", "));
   }
@@ -5321,9 +5342,12 @@ function readCommandLine(args: string[], io: Io): string | { source?: string; op
   if (words === "version" || command.getOptionValue("version")) return `fetch_wheels ${VERSION}\n`;
   for (const option of command.options) {
     const variable = /\(\$(\w+)\)$/.exec(option.description)?.[1];
-    const value = variable === undefined ? undefined : io.env(variable);
-    if (!value || command.getOptionValueSource(option.attributeName()) === "cli") continue;
-    command.setOptionValueWithSource(option.attributeName(), parseVariable(option, value), "env");
+    const text = variable === undefined ? undefined : io.env(variable);
+    const isGiven = command.getOptionValueSource(option.attributeName()) === "cli";
+    const value = text && !isGiven ? parseVariable(option, text) : command.getOptionValue(option.attributeName());
+    const name = isGiven ? option.long : `$${variable}`;
+    if ([value].flat().includes("")) throw usageError(`Cannot use ${name}: its value is empty`);
+    if (text && !isGiven) command.setOptionValueWithSource(option.attributeName(), value, "env");
   }
   const options = command.opts<CommandOptions>();
   checkConflicts(command, options, io);
@@ -5338,14 +5362,15 @@ function parseVariable(option: Option, text: string): unknown {
 
 /** Puts commander's words into this program's. The value of an unknown option, as in `-pVALUE`, may be a secret. */
 function commandLineError({ message }: CommanderError): FetchWheelsError {
-  const named = message.replace(/^(error: unknown option '-[^-]).*?(?='$|'\n)/s, "$1");
-  const [words = "", suggestion] = named.replace(/^error: |=.*?(?='$|'\n)/g, "").replaceAll("'", '"').split("\n");
-  return usageError(`Cannot parse the command line: ${words}`, { hint: suggestion?.replace(/^\(D(.*)\)$/, "d$1") });
+  const [text = "", suggestion] = message.replace(/^error: /, "").split(/\n\(D(?=id you mean )/);
+  const words = text.replace(/(?<=option '-[^-]).+(?='$)/s, "…").replace(/=.*(?='$)/s, "=…").replaceAll("'", '"');
+  const hint = suggestion === undefined ? undefined : `d${suggestion.slice(0, -1)}`;
+  return usageError(`Cannot parse the command line: ${words}`, { hint });
 }
 
 function checkConflicts(command: Command, options: CommandOptions, io: Io): void {
   const isGiven = (name: string) => command.getOptionValueSource(name) === "cli";
-  const { quiet, verbose, list, dryRun, json, username, passwordStdin, dest, protocol = "" } = options;
+  const { quiet, verbose, list, dryRun, json, username, passwordStdin, protocol = "" } = options;
   if (isGiven("dest") && !isGiven("output")) options.output = undefined;
   const isStdout = options.output === "-" && !list && !dryRun;
   const sources = command.args.length;
@@ -5356,11 +5381,9 @@ function checkConflicts(command: Command, options: CommandOptions, io: Io): void
     [isGiven("dest") && isGiven("output"), "Cannot use --dest with --output: choose one destination"],
     [quiet && verbose, "Cannot use --quiet with --verbose: choose one"],
     [list && dryRun, "Cannot use --list with --dry-run: choose one"],
-    [dest === "", "Cannot use --dest: its value is empty"],
-    [options.output === "", "Cannot use --output: its value is empty"],
     [!/^(?:https?|detect)$/.test(protocol), `Cannot use ${protocolName} ${quote(protocol)}: expected http, https or detect`],
     [passwordStdin && !username, "Cannot use --password-stdin without --username", PASSWORD_HINT],
-    [json && isStdout, "Cannot use --json with --output -: both write to stdout"],
+    [json && (isStdout || options.output === "/dev/stdout" && !list && !dryRun), "Cannot use --json with --output -: both write to stdout"],
     [isStdout && io.isStdoutTerminal, "Cannot write the tarball to stdout: it is a terminal", "redirect it, or force it with --output /dev/stdout"],
   ];
   for (const [isBroken, message, hint] of rules) {
@@ -5370,7 +5393,7 @@ function checkConflicts(command: Command, options: CommandOptions, io: Io): void
 
 /** A tarball's name without "./" would be an image's name. */
 function checkSource(source: string): void {
-  if (!/^[^/.:@][^:@]*\.(?:tar|tgz|tar\.\w+|whl)$/.test(source)) return;
+  if (!/^[^/.:@][^:@]*\.(?:tar|tgz|tar\.\w+|whl)$/i.test(source)) return;
   if (!isReadable(source)) return;
   const message = `Cannot use source ${quote(source)}: without "./" it is an image reference`;
   throw usageError(message, { hint: `for the file, write ./${source}` });
@@ -5384,7 +5407,7 @@ async function toFetchOptions(options: CommandOptions, io: Io): Promise<FetchWhe
     mirrors: options.mirror,
     layers: options.layer,
     verifyKeys: options.verifyKey,
-    password: password?.replace(/\r?\n$/, ""), // BuildKit keeps the line break at the end of a secret
+    password: password?.replace(/\r?\n$/, "") || undefined, // BuildKit keeps the line break at the end of a secret
     authConfig: io.env("DOCKER_AUTH_CONFIG") || undefined,
     authFiles: authFiles(io),
     output: isStdout ? io.stdout : options.output,
@@ -5414,7 +5437,7 @@ async function readPassword(io: Io): Promise<string> {
     new Response(stdin as ReadableStream<Uint8Array<ArrayBuffer>>).text();
   return await untilAborted(password, signal).catch((error) => {
     if (promptPassword !== undefined) stderr("\n"); // the message must not follow the question
-    throw error;
+    throw toDiskError(error, "Cannot read the password from stdin");
   });
 }
 
@@ -5432,14 +5455,15 @@ async function readWheelsFile(file: string, { signal = new AbortController().sig
  * image. The wheels are there, so a failure is only a warning.
  */
 function rememberSource(source: string, file: string, output: Output): void {
-  if (!isReadable(dirname(file)) || !isGranted({ name: "write", path: file })) return;
+  if (!isGranted({ name: "read", path: file }) || !isGranted({ name: "write", path: file })) return;
   const url = URL.parse(source);
   const kept = url?.username || url?.password ? withoutUser(url).href : source;
   try {
     const isPipe = statIfExists(file)?.isFIFO() ?? false; // writing to it would wait for a reader
     if (!isPipe) fs.writeFileSync(file, `${kept}\n`);
   } catch (error) {
-    const { message } = toDiskError(error, `Cannot write ${quote(file)}`) as Error;
+    if (errorCode(error) === "ENOENT") return; // no such directory
+    const { message } = toPublicError(toDiskError(error, `Cannot write ${quote(file)}`)) as Error;
     output.log(`warning: ${message.split("\n")[0]}; the source is not remembered`);
   }
 }
@@ -5451,6 +5475,7 @@ const PERMISSIONS = "--allow-net --allow-read --allow-write --allow-env='WHEELS*
 /** Finds all missing permissions at once, before Deno prompts for each. */
 function checkPermissions(source: string | undefined, options: CommandOptions, args: string[]): void {
   const { list, dryRun, cache, caFile, verifyKey, wheelsFile, output, dest = DEFAULT_DEST } = options;
+  if (source !== undefined) checkSource(source);
   const parsed = source === undefined ? { kind: "file" as const, path: wheelsFile } : parseSource(source);
   const isStaged = !list && !dryRun && !/^(?:-|\/dev\/.*)$/.test(output ?? "");
   const isPath = (path: string | undefined) => path !== undefined;
@@ -5459,7 +5484,6 @@ function checkPermissions(source: string | undefined, options: CommandOptions, a
   const urls = options.mirror.map(parseMirror);
   if (parsed.kind === "url") urls.push(parsed.url);
   if (parsed.kind === "image") urls.push(...baseUrls(parsed.image.registry, options.protocol ?? "detect").slice(0, 1));
-  const hostAndPort = ({ hostname, port, protocol }: URL) => `${hostname}:${port || (protocol === "http:" ? 80 : 443)}`;
   const variables = /'(.*)'/.exec(PERMISSIONS)?.[1]?.split(",") ?? [];
   const descriptors: Deno.PermissionDescriptor[] = [
     ...urls.map((url) => ({ name: "net", host: hostAndPort(url) }) as const),
@@ -5478,20 +5502,23 @@ function checkPermissions(source: string | undefined, options: CommandOptions, a
 
 /** Reads a line from a terminal without showing it. */
 async function promptPassword(question: string, stderr: Io["stderr"]): Promise<string> {
-  Deno.stdin.setRaw(true, { cbreak: true }); // Ctrl-C still works
+  const hideTyping = () => Deno.stdin.setRaw(true, { cbreak: true }); // Ctrl-C still works
+  Deno.addSignalListener("SIGCONT", hideTyping); // after Ctrl-Z the shell shows what is typed
+  hideTyping();
   try {
     stderr(question);
     const decoder = new TextDecoder();
     const buffer = new Uint8Array(1024);
     let typed = "";
-    for (let length: number | null = 0; length !== null && !/[\r\n]/.test(typed);) {
+    for (let length: number | null = 0; length !== null && !/[\r\n\cD]/.test(typed);) {
       length = await Deno.stdin.read(buffer);
       typed += decoder.decode(buffer.subarray(0, length ?? 0), { stream: true });
     }
-    typed = typed.replace(/[\r\n].*$/s, "");
+    typed = typed.replace(/[\r\n\cD].*$/s, "").replace(/^.*\cU/s, ""); // Ctrl-U erases the line
     while (/[\x7f\b]/.test(typed)) typed = typed.replace(/.?[\x7f\b]/su, ""); // what a backspace removes
     return typed;
   } finally {
+    Deno.removeSignalListener("SIGCONT", hideTyping);
     Deno.stdin.setRaw(false);
     stderr("\n");
   }

@@ -5263,15 +5263,16 @@ Deno.test("--version prints the version of deno.json", async () => {
 
 Deno.test("a usage error exits with 2 and says in two lines what is wrong and what to do", async (t) => {
   using scratch = new Scratch();
-  const tarball = scratch.at("wheels.tar.gz", "");
+  const tarball = scratch.at("wheels.TGZ", "");
   const relative = tarball.slice(1); // as if the working directory were the root
   // deno-fmt-ignore
   const cases: [args: string[], expected: RegExp, env?: Record<string, string>][] = [
     [[], /: no image given: pass SOURCE, set \$WHEELS, or create \/nowhere\/wheels$/m],
     [["--dset", "x", "ns/name"], /"--dset"\n.*hint: did you mean --dest\?$/m],
-    [["--pasword-stdin=S3CRET", "ns/name"], /unknown option "--pasword-stdin"$/m],
+    [["--pasword-stdin=S3CRET", "ns/name"], /unknown option "--pasword-stdin=…"$/m],
+    [["--clean=yes", "ns/name"], /unknown option "--clean=…"$/m],
     [["-x", "ns/name"], /"-x"/],
-    [["-qpS3CRET'=S3CRET", "ns/name"], /unknown option "-p"$/m],
+    [["-qpS3CRET'=S3CRET", "ns/name"], /unknown option "-p…"$/m],
     [["ns/name", "ns/other"], /2 sources/],
     [["ns/name", "--dest"], /--dest/],
     [["--protocol", "ftp", "ns/name"], /--protocol "ftp": expected http, https or detect/],
@@ -5295,13 +5296,19 @@ Deno.test("a usage error exits with 2 and says in two lines what is wrong and wh
     [["--list", "--dry-run", "ns/name"], /--list with --dry-run/],
     [["-o", "out", "ns/name"], /--dest with --output/],
     [["--dest=", "ns/name"], /--dest: its value is empty/],
+    [["--cache", "", "ns/name"], /--cache: its value is empty/],
+    [["--include", "*.whl", "--include=", "ns/name"], /--include: its value is empty/],
+    [["ns/name"], /\$FETCH_WHEELS_VERIFY_KEY: its value is empty/, { FETCH_WHEELS_VERIFY_KEY: " " }],
     [[""], /""/],
     [["registry.example/Upper/case:V1"], /lower case\n.*registry\.example\/upper\/case:V1$/m],
+    [["$WHEELS"], /lower case\n.*--help/],
     [["ns/name:bad tag"], /bad tag/],
+    [["registry.example:5000/ns/name@"], /"…@": the digest/],
     [["ns/name@sha256:123"], /sha256:123/],
     [[], /bad\\ntag/, { WHEELS: "ns/name:bad\ntag" }],
     [["docker://quay.io/ns/x:1"], /"docker:\/\/".*\n.*"quay.io\/ns\/x:1"/],
     [["oci://dir"], /"oci:\/\/".*\n.*oci:DIR/],
+    [["oci:"], /"oci:": the path is missing/],
     [["dir:/tmp/x"], /"dir:".*\n.*oci:DIR/],
     [["docker-daemon:x:1"], /"docker-daemon:".*\n.*docker-archive:FILE/],
     [["https://user:S3CRET@[/x"], /URL/],
@@ -5318,7 +5325,7 @@ Deno.test("a usage error exits with 2 and says in two lines what is wrong and wh
     assert.match(lines[1] ?? "", /^fetch_wheels: hint: ./);
     if (!args.includes("-v")) assert.equal(lines.length, 2); // -v adds the stack
     assert(!stderr.includes("S3CRET"));
-    assert.deepEqual(snapshot(scratch.path), { "wheels.tar.gz": snapshot(scratch.path)["wheels.tar.gz"] });
+    assert.deepEqual(snapshot(scratch.path), { "wheels.TGZ": snapshot(scratch.path)["wheels.TGZ"] });
   });
   Deno.chdir(cwd);
 });
@@ -5327,8 +5334,10 @@ Deno.test("standard output: conflicts, and a terminal that would receive a tarba
   using scratch = new Scratch();
   const source = scratch.at("layer.tar", tarOf(file("a.whl")));
   const io = { isStdoutTerminal: true };
-  const both = await run(["--json", "-o", "-", source]);
-  assert.deepEqual([both.code, JSON.parse(both.stdout).error.kind], [2, "usage"]);
+  for (const output of ["-", "/dev/stdout"]) {
+    const both = await run(["--json", "-o", output, source]);
+    assert.deepEqual([both.code, JSON.parse(both.stdout).error.kind], [2, "usage"]);
+  }
   const refused = await run(["-o", "-", source], { io });
   assert.deepEqual([refused.code, refused.stdout], [2, ""]);
   assert.match(refused.stderr, /terminal\n.*--output \/dev\/stdout/);
@@ -5394,6 +5403,7 @@ Deno.test("messages name the cause in the words of the style guide", async (t) =
   const cases: [code: number, args: string[], expected: RegExp][] = [
     [3, ["--layer", "5", source], /has 2 layers,.* no layer 5$/m],
     [3, [`${source}x`], /hint: .*some registries answer 404 for private images/],
+    [3, [`http://${source}`], /hint: for an image in a registry, write "127\.0\.0\.1:\d+\/ns\/wheels:1\.0"$/m],
     [3, ["--include", "*.nope", source], /nothing matched --include "\*\.nope" \(5 files skipped\)/],
     [0, ["--mirror", `http://${await closedHost()}`, source], /warning: skipping mirror .*: /],
     [5, ["--retries", "1", `${busy.host}/ns/wheels`], /server asked to wait 61 s; the limit is 60 s$/m],
@@ -5499,7 +5509,8 @@ Deno.test("progress is one line of the terminal's width, redrawn on a timer, and
     [55, /^fetch_wheels: [1-5]\d %, \d{3}\.\d kB of 1\.0 MB, 0:\d\d left$/],
     [40, /^fetch_wheels: [1-5]\d %, 0:\d\d left$/],
     [20, /^[1-5]\d %, 0:\d\d left$/],
-    [6, /^[1-5]\d %/],
+    [10, /^[1-5]\d %$/],
+    [6, /^[1-5]\d %$/],
   ];
   await eachRow(t, table, async ([columns, expected]) => {
     const { intervals, drawn, stderr } = await watchDownload({ columns, until: /\r[^\r]*[1-5]\d %/ });
@@ -5594,8 +5605,12 @@ Deno.test("the wheels file gives the source, and remembers it", async (t) => {
     assert.throws(() => Deno.statSync(scratch.at("none")), Deno.errors.NotFound);
   });
   await t.step("a file that cannot be written is a warning", async () => {
-    const { stderr } = await expectCode(0, ["--wheels-file", scratch.at("dest"), "-q", ...args.slice(2), two]);
-    assert.match(stderr, /: warning: Cannot write .*: it is a directory; the source is not remembered\n$/);
+    for (
+      const [path, words] of [[scratch.at("dest"), "is a directory"], ["/dev/full", "protects this path"]] as const
+    ) {
+      const { stderr } = await expectCode(0, ["--wheels-file", path, "-q", ...args.slice(2), two], {}, runProgram);
+      assert.match(stderr, new RegExp(`: warning: Cannot .*${words}; the source is not remembered\n$`));
+    }
   });
   await t.step("an empty file has no source", async () => {
     Deno.writeTextFileSync(wheels, "\n");
@@ -5638,6 +5653,9 @@ Deno.test("credentials come from stdin or the environment", async (t) => {
   const both = { REGISTRY_USERNAME: "user", REGISTRY_PASSWORD: password };
   const wrong = { ...both, REGISTRY_PASSWORD: "S3CRET-wrong" };
   const fromStdin = ["--username", "user", "--password-stdin"];
+  const directory = new ReadableStream({
+    start: (stream) => stream.error(Object.assign(new Error(), { code: "EISDIR" })),
+  });
   const prompted = { promptPassword: (question: string) => Promise.resolve(question && password) };
   const cases: [name: string, code: number, args: string[], surroundings: Surroundings][] = [
     ["--password-stdin", 0, fromStdin, { stdin: password }],
@@ -5650,6 +5668,8 @@ Deno.test("credentials come from stdin or the environment", async (t) => {
     ["another --username", 4, ["--username", "other"], { env: both }],
     ["a wrong password", 4, [], { env: wrong }],
     ["no password", 4, [], {}],
+    ["an empty stdin", 2, fromStdin, { stdin: "\n" }],
+    ["a directory as stdin", 8, fromStdin, { io: { stdin: directory } }],
   ];
   await eachRow(t, cases, async ([, expected, args, surroundings]) => {
     const options = ["-v", "--protocol", "http", "--retries", "0", "-d", scratch.at("dest")];
@@ -5664,24 +5684,28 @@ const SCRIPT: Need = { name: "util-linux", isMet: isInstalled("script") };
 testWith(SCRIPT, "a terminal is asked for the password, without echo", async (t) => {
   await using registry = startRegistry({ auth: "basic", users: { user: "pä" } });
   const reference = serveLayer(registry, gzip(await makeTar(GOOD)));
-  await eachRow(t, [["px\x7fä\r", 0], ["px\r", 4], ["p\x03", 130]] as const, async ([typed, expected]) => {
-    using scratch = new Scratch();
-    const program = [Deno.execPath(), "run", ...PERMISSIONS, PROGRAM, "--username", "user", "--password-stdin"];
-    const command = [...program, "--protocol", "http", "-d", scratch.at("dest"), reference].join(" ");
-    const args = ["-qec", command, "/dev/null"];
-    const child = new Deno.Command("script", { args, stdin: "piped", stdout: "piped" }).spawn();
-    let screen = "";
-    const writer = child.stdin.getWriter();
-    for await (const text of child.stdout.pipeThrough(new TextDecoderStream())) {
-      if (!screen.includes("Password: ") && (screen + text).includes("Password: ")) {
-        await writer.write(toBytes(typed));
+  await eachRow(
+    t,
+    [["px\x7fä\r", 0], ["px\r", 4], ["px\x15pä\r", 0], ["\x04", 2], ["p\x03", 130]] as const,
+    async ([typed, expected]) => {
+      using scratch = new Scratch();
+      const program = [Deno.execPath(), "run", ...PERMISSIONS, PROGRAM, "--username", "user", "--password-stdin"];
+      const command = [...program, "--protocol", "http", "-d", scratch.at("dest"), reference].join(" ");
+      const args = ["-qec", command, "/dev/null"];
+      const child = new Deno.Command("script", { args, stdin: "piped", stdout: "piped" }).spawn();
+      let screen = "";
+      const writer = child.stdin.getWriter();
+      for await (const text of child.stdout.pipeThrough(new TextDecoderStream())) {
+        if (!screen.includes("Password: ") && (screen + text).includes("Password: ")) {
+          await writer.write(toBytes(typed));
+        }
+        screen += text;
       }
-      screen += text;
-    }
-    await writer.close();
-    assert.equal((await child.status).code, expected, screen);
-    assert.doesNotMatch(screen, /p[xä]/);
-  });
+      await writer.close();
+      assert.equal((await child.status).code, expected, screen);
+      assert.doesNotMatch(screen, /p[xä]/);
+    },
+  );
 });
 
 Deno.test("mirrors and a cache come from options or the environment", async (t) => {
@@ -5733,7 +5757,7 @@ Deno.test("permissions: those of the first line suffice, and can be narrowed", a
   for (const [at, flags] of [permissions, narrow, config].entries()) {
     await t.step(flags.join(" "), async () => {
       const dest = scratch.at(`dest${at}`);
-      const { code, stdout, stderr } = await runProgram(["-d", dest], { env }, ["--no-prompt", ...flags]);
+      const { code, stdout, stderr } = await runProgram(["--clean", "-d", dest], { env }, ["--no-prompt", ...flags]);
       assert.deepEqual([code, stdout], [0, ""], stderr);
       assert.deepEqual(contents(dest), GOOD_CONTENTS);
     });
@@ -5769,16 +5793,26 @@ Deno.test("missing permissions are named together, with the complete command", a
     assert.match(lines[1] ?? "", /hint: .*files\.example\/x\.tar$/);
     assert(!lines.join().includes("S3CRET"));
   });
+  await t.step("a proxy's host is named", async () => {
+    const granted = ["--allow-net=files.example", ...all.slice(1)];
+    const env = { HTTPS_PROXY: "http://127.0.0.1:9" };
+    const { stderr } = await runProgram(["https://files.example/x.tar"], { env }, ["--no-prompt", ...granted]);
+    assert.match(stderr, /without a permission: Requires net access to "127\.0\.0\.1:9"\n.*hint: .*--allow-net\n$/);
+  });
   await t.step({
     name: "on a terminal, nothing is asked",
     ignore: !SCRIPT.isMet,
     async fn() {
-      const command = [Deno.execPath(), "run", PROGRAM, source].join(" ");
-      const { code, stdout } = await new Deno.Command("script", { args: ["-qec", command, "/dev/null"] }).output();
-      const screen = new TextDecoder().decode(stdout);
-      assert.equal(code, 2);
-      assert.match(screen, new RegExp(all.join(", ")));
-      assert.doesNotMatch(screen, /Allow\?|\[y/);
+      await using secure = startRegistry({ auth: "bearer" }); // its token service is another host
+      const later = [`--allow-net=${secure.host}`, ...all.slice(1), PROGRAM, "-d", dest, serveLayer(secure, BASE)];
+      for (const [args, expected] of [[[PROGRAM, source], all.join(", ")], [later, "Requires net access"]] as const) {
+        const command = [Deno.execPath(), "run", ...args].map((arg) => `"${arg}"`).join(" ");
+        const { code, stdout } = await new Deno.Command("script", { args: ["-qec", command, "/dev/null"] }).output();
+        const screen = new TextDecoder().decode(stdout);
+        assert.equal(code, 2, screen);
+        assert.match(screen, new RegExp(expected));
+        assert.doesNotMatch(screen, /Allow\?|\[y/);
+      }
     },
   });
 });
