@@ -73,10 +73,12 @@ const MAX_CHALLENGES = 10; // that are answered for one request, which may be re
 
 const MAX_MANIFEST_BYTES = 4 * 1024 * 1024; // the distribution specification lets registries refuse larger ones
 const MAX_TOKEN_BYTES = 1024 * 1024;
+const MAX_JSON_DEPTH = 100;
 const MAX_ERROR_BYTES = 64 * 1024; // of the body of an error response
 const MAX_WORDS = 4096; // characters of a server's error that are searched for secrets
 const MAX_SHOWN = 300; // characters of a name in a message
 const MAX_PAGES = 100; // of a list of referrers
+const MAX_REFERRERS = 10_000;
 const MAX_INDEX_DEPTH = 5;
 const DEFAULT_TOKEN_SECONDS = 60; // of a token whose answer does not say, by the token specification
 const MAX_LINKS = 40; // as in Linux: a path through more symbolic links is a loop
@@ -637,7 +639,9 @@ function oneLine(text: string): string {
 
 /** Returns a URL for people: without its query, which may be a signature, and without a password. */
 function displayUrl(url: URL): string {
-  return `${url.protocol}//${url.host}${url.pathname}${url.search === "" ? "" : "?…"}`;
+  const { protocol, host, pathname, search } = url;
+  const path = pathname.length > MAX_SHOWN ? `${pathname.slice(0, MAX_SHOWN)}…` : pathname;
+  return `${protocol}//${host}${path}${search === "" ? "" : "?…"}`;
 }
 
 /** Removes user information and queries from all URLs in a text. */
@@ -668,25 +672,35 @@ function parseJson(bytes: Uint8Array | undefined): JsonObject | undefined {
 }
 
 function parseJsonValue(bytes: Uint8Array | undefined): unknown {
-  // Without these keys, each value can be converted to text.
-  const dropConversions = (key: string, value: unknown) => ["toString", "valueOf"].includes(key) ? undefined : value;
   try {
-    return JSON.parse(new TextDecoder("utf-8", { fatal: true }).decode(bytes ?? new Uint8Array()), dropConversions);
+    const value = JSON.parse(new TextDecoder("utf-8", { fatal: true }).decode(bytes ?? new Uint8Array()));
+    dropConversions(value, MAX_JSON_DEPTH);
+    return value;
   } catch {
     return undefined; // the caller names what is not JSON
   }
 }
 
+/** Makes each value convertible to text: it has no methods of its own, and the stack is enough for its depth. */
+function dropConversions(value: JsonObject | null, depth: number): void {
+  if (typeof value !== "object" || value === null) return;
+  if (depth === 0) throw new RangeError("nested too deeply");
+  for (const key of ["toString", "valueOf"]) if (Object.hasOwn(value, key)) delete value[key];
+  for (const inner of Object.values(value)) dropConversions(inner, depth - 1);
+}
+
 /** Reads all bytes, or returns undefined if there are more than `limit`. */
 async function readAll(bytes: AsyncIterable<Uint8Array>, limit: number): Promise<Uint8Array | undefined> {
-  const chunks: Uint8Array[] = [];
+  let kept = new Uint8Array(DENSE_BYTES); // one buffer, because chunks may be as small as one byte
   let size = 0;
   for await (const chunk of bytes) {
-    size += chunk.length;
-    if (size > limit) return undefined;
-    chunks.push(new Uint8Array(chunk));
+    const end = size + chunk.length;
+    if (end > limit) return undefined;
+    if (end > kept.length) kept = Buffer.concat([kept, new Uint8Array(end)]);
+    kept.set(chunk, size);
+    size = end;
   }
-  return Buffer.concat(chunks);
+  return kept.subarray(0, size);
 }
 
 /** Waits for a promise until the signal aborts. */
@@ -1001,6 +1015,7 @@ function variantLevel(variant = ""): number {
 // 2 Credentials: where a user name and password, or an identity token, come from.
 // ---------------------------------------------------------------------------------------------------------------------
 
+const TOKEN = /^[\x21-\x7e]+$/;
 const PASSWORD_HINT = "pass --username and --password-stdin, or set REGISTRY_USERNAME and REGISTRY_PASSWORD";
 
 function givenCredentials({ username, password }: FetchWheelsOptions): UserCredentials | undefined {
@@ -1071,7 +1086,8 @@ class CredentialFinder {
       // A helper that does not read its input shows that by its answer.
       ReadableStream.from([input]).pipeTo(child.stdin).catch(() => {});
       // A grandchild may keep the pipe open after the helper has been killed, so the signal ends the wait as well.
-      const { success, stdout } = await untilAborted(child.output(), limit);
+      const stdout = await untilAborted(readAll(child.stdout, MAX_TOKEN_BYTES), limit);
+      const { success } = await untilAborted(child.status, limit);
       const answer = success ? parseJson(stdout) : undefined;
       const { Username: username, Secret: secret } = answer ?? {};
       if (typeof username === "string" && typeof secret === "string" && secret !== "") {
@@ -1128,12 +1144,15 @@ function lookUpCredentials(
   const entry = entriesFor(`${registry}/${repository}`, config.auths).find(isFilled);
   if (entry === undefined) return {};
   if (isFilledText(entry.identitytoken)) return { credentials: { identityToken: entry.identitytoken } };
-  if (isFilledText(entry.registrytoken)) return { credentials: { registryToken: entry.registrytoken } };
+  if (isFilledText(entry.registrytoken)) {
+    if (TOKEN.test(entry.registrytoken)) return { credentials: { registryToken: entry.registrytoken } };
+    return { problem: `"registrytoken" for ${registry} has characters that are not allowed in a token` };
+  }
   if (!isFilledText(entry.auth)) {
     return { credentials: { username: entry.username ?? "", password: entry.password ?? "" } };
   }
   const decoded = /^[A-Za-z0-9+/_-]+=*\s*$/.test(entry.auth) ? Buffer.from(entry.auth, "base64").toString("utf8") : "";
-  const [, username, password = ""] = /^([^:]+):(.*?)\0*$/s.exec(decoded) ?? [];
+  const [, username, password = ""] = /^([^:]+):((?:.*[^\0])?)\0*$/s.exec(decoded) ?? [];
   const isValid = username !== undefined && !decoded.includes("\ufffd");
   if (isValid) return { credentials: { username, password } };
   return { problem: `"auth" for ${registry} is not base64 of "username:password"` };
@@ -1162,7 +1181,7 @@ function entriesFor<T>(name: string, entries: Record<string, T> | null | undefin
 
 /** Keys may have a scheme and an old version's path, or podman's namespace. A web login's tokens are ignored. */
 function normalizeKey(key: string): string | undefined {
-  const [, scheme, host = "", path = ""] = /^(https?:\/\/)?([^/]*)(.*?)\/*$/.exec(key) ?? [];
+  const [, scheme, host = "", path = ""] = /^(https?:\/\/)?([^/]*)((?:.*[^/])?)\/*$/.exec(key) ?? [];
   if (/^\/v\d\/(?:access|refresh)-token$/.test(path)) return undefined;
   const isHub = HUB_NAMES.includes(host) || host === HUB_HOST;
   return `${isHub ? HUB : host}${scheme || /^\/v[12]$/.test(path) ? "" : path}`;
@@ -1344,7 +1363,7 @@ class HttpClient implements Disposable {
     const ms = Math.round(performance.now() - started);
     const { status } = answer;
     const length = answer.headers.get("content-length");
-    const bytes = length === null ? undefined : Number(length);
+    const bytes = length === null ? undefined : parseInt(length);
     this.settings.report({ type: "request", method, url: displayUrl(url), status, bytes, range: headers.range, ms });
     if (proxy !== undefined && status === 407) {
       controller.abort(); // the body is not read
@@ -1547,6 +1566,7 @@ function connectionError(url: URL, { error, proxy }: { error: unknown; proxy?: U
     const hint = options.isCertificate ? options.hint : PROXY_HINT;
     return requestError(url, `proxy ${displayOrigin(proxy)}: ${state}`, { ...options, hint, cause: error });
   }
+  if (options === NOT_HTTP && url.protocol === "https:") return finalError(url, "the answer is not HTTP");
   const isHttpLikely = url.protocol === "https:" && /TLS$|refused$/.test(state);
   const isRegistry = url.pathname.startsWith("/v2/"); // elsewhere, the URL is the user's own
   const hint = isRegistry ? HTTP_HINT : `if the server speaks plain http, use http://${url.host}${url.pathname}`;
@@ -1923,11 +1943,13 @@ class Registry implements ImageStore {
     const options = { headers: { accept: INDEX_TYPES.join(", ") }, expected: [400, 404, 405] };
     const found: Descriptor[] = [];
     let query: string | undefined = "";
-    for (let page = 0; page < MAX_PAGES && query !== undefined; page++) {
+    for (let page = 0; page < MAX_PAGES && found.length < MAX_REFERRERS && query !== undefined; page++) {
       const { response, body } = await this.#getDocument(`referrers/${digest}${query}`, options);
       const list = response.isOk ? parseJson(body)?.manifests : [];
-      found.push(...[list ?? []].flat().filter((entry) => typeof entry?.digest === "string"));
-      const [, next] = /<([^>]*)>\s*;[^,]*\brel="?next\b/i.exec(response.headers.get("link") ?? "") ?? [];
+      for (const entry of [list ?? []].flat()) {
+        if (DIGEST.test(entry?.digest)) found.push({ digest: entry.digest, mediaType: entry.mediaType });
+      }
+      const [, next] = /<([^<>]*)>\s*;[^,<]*\brel="?next\b/i.exec(response.headers.get("link") ?? "") ?? [];
       query = next === undefined ? undefined : URL.parse(next, response.url)?.search;
     }
     return found;
@@ -1992,7 +2014,7 @@ class Registry implements ImageStore {
     if (!this.#isOwn(url) && !(url.pathname.startsWith("/v2/") && challenges.length > 0)) return false;
     cancel();
     const { image, credentials } = this.options;
-    const repository = /\/v2\/(.+)\/(?:manifests|blobs|referrers)\//.exec(url.pathname)?.[1] ?? image.repository;
+    const repository = /\/v2\/(.{1,255})\/(?:manifests|blobs|referrers)\//.exec(url.pathname)?.[1] ?? image.repository;
     // A registry that this one redirects to gets anonymous requests only.
     const find = this.#isOwn(url) ? credentials : () => Promise.resolve(undefined);
     const options = { base: url, name: this.#name, repository, credentials: find, settings: this.#settings };
@@ -2076,7 +2098,7 @@ class Authorizer {
     const bearer = this.#challenges.find(({ scheme, parameters }) => scheme === "bearer" && parameters.realm);
     if (bearer === undefined && !this.#challenges.some(({ scheme }) => scheme === "basic")) {
       const schemes = this.#challenges.map(({ scheme }) => scheme).join(", ") || "none";
-      throw this.#error(`the registry requires an unsupported authentication scheme: ${schemes}`);
+      throw this.#error(`the registry requires an unsupported authentication scheme: ${schemes.slice(0, MAX_SHOWN)}`);
     }
     const realm = bearer && this.#parseRealm(bearer.parameters.realm ?? "");
     const credentials = await this.options.credentials();
@@ -2161,7 +2183,7 @@ class Authorizer {
       throw new FetchWheelsError(isAuth ? "auth" : "network", `${what}: ${state}`, { hint });
     }
     const token = json?.token || json?.access_token;
-    if (typeof token !== "string" || !/^[\x21-\x7e]+$/.test(token)) {
+    if (typeof token !== "string" || !TOKEN.test(token)) {
       throw new FetchWheelsError("auth", `${what}: the answer of ${displayUrl(response.url)} has no token`);
     }
     const seconds = Number(json?.expires_in) > 0 ? Number(json?.expires_in) : DEFAULT_TOKEN_SECONDS;
@@ -2249,8 +2271,9 @@ class BlobDownload {
   #size: number; // Infinity as long as it is not known
   #location: URL | undefined; // where the registry redirected to; usable until its signature expires
   #validator: string | undefined; // strong entity tag, for `If-Range`
+  #hasStableTags = true; // false once the same content has had two entity tags, as from different storages
   #ahead = 0; // bytes that have arrived, but have not been delivered
-  #hasRanges = true; // false once the server has shown that it does not support ranges
+  #hasRanges = true; // false once the server has ignored a range; only a download that is resumed asks again
   /** One connection until the server announces ranges, two until it has sent one: a proxy may not pass them on. */
   #maxConnections = 1;
 
@@ -2364,13 +2387,15 @@ class BlobDownload {
   }
 
   /** Requests the bytes of a span, and finds out where the answer really begins. */
-  async #open(span: Span): Promise<{ response: HttpResponse; start: number }> {
+  async #open(
+    span: Span,
+    { isPart = span.at > 0 || span.to < this.#size } = {},
+  ): Promise<{ response: HttpResponse; start: number }> {
     const { at, to } = span;
     const isResumed = at > 0 && !this.options.isImmutable;
     if (isResumed && this.#validator === undefined) {
       throw this.#error(`connection lost after ${at} bytes`, { isTransient: false });
     }
-    const isPart = this.#hasRanges && (at > 0 || to < this.#size);
     const headers: Record<string, string> = {};
     if (isPart) headers.range = `bytes=${at}-${to === Infinity ? "" : to - 1}`;
     if (isPart && this.#validator !== undefined) headers["if-range"] = this.#validator;
@@ -2381,7 +2406,10 @@ class BlobDownload {
       response.cancel();
       throw this.#error("it changed during the download", { isTransient: false });
     }
-    if (tag?.startsWith('"')) this.#validator = tag;
+    const isIgnored = headers["if-range"] !== undefined && !isRange;
+    if (isIgnored && this.options.isImmutable) this.#hasStableTags = false;
+    const isStrong = tag?.startsWith('"') ?? false;
+    this.#validator = isStrong && this.#hasStableTags ? tag ?? undefined : undefined;
     if (isRange) {
       this.#maxConnections = Infinity;
       return { response, start: at };
@@ -2389,7 +2417,7 @@ class BlobDownload {
     if (isPart) this.#hasRanges = false;
     if (response.status !== 200) {
       response.cancel();
-      if (isPart) return await this.#open(span);
+      if (isPart) return await this.#open(span, { isPart: false });
       throw await this.http.statusError(response, `Cannot fetch ${quote(this.options.name)}`);
     }
     this.#checkLength(response);
@@ -2409,7 +2437,7 @@ class BlobDownload {
   /** An answer of another length is not the content; a page in HTML is a login form or a proxy's message. */
   #checkLength(response: HttpResponse): void {
     const header = response.headers.get("content-length");
-    const length = header === null ? undefined : Number(header);
+    const length = header === null ? undefined : parseInt(header); // it may be repeated: "5, 5"
     if (this.#size === Infinity) this.#size = length ?? Infinity;
     const isWrong = length !== undefined && length !== this.#size;
     const isHtml = /^text\/html\b/i.test(response.headers.get("content-type") ?? "");
@@ -2426,10 +2454,16 @@ class BlobDownload {
   async #request(headers: Record<string, string>): Promise<HttpResponse> {
     const request = { headers, isVerified: this.options.isImmutable, signal: this.#signal };
     for (let location = this.#location; location !== undefined; location = this.#location) {
-      const response = await this.http.request([location], request);
+      const forget = () => {
+        if (this.#location === location) this.#location = undefined; // else another span has got a new one
+      };
+      const response = await this.http.request([location], request).catch((error) => {
+        forget();
+        throw error;
+      });
       if (response.isOk || response.status === 416) return response;
       response.cancel();
-      if (this.#location === location) this.#location = undefined; // else another span has got a new one
+      forget();
     }
     const expected = headers.range === undefined ? [] : [400, 416];
     const response = await this.options.get({ ...request, expected });

@@ -646,6 +646,11 @@ Deno.test("a credential helper is run with the registry's key on stdin", async (
     const stderr = await exits(4, ["--timeout", "0.3", source], { env }, programWith(["--allow-run"]));
     assert.match(stderr, /warning: .*"docker-credential-mine": it did not answer within 0\.3 s; continuing/);
   });
+  await t.step("an answer without an end is not kept in memory", async () => {
+    Deno.chmodSync(scratch.at("docker-credential-mine", "#!/bin/sh\nexec yes\n"), 0o755);
+    const stderr = await exits(4, ["--timeout", "5", source], { env }, programWith(["--allow-run"]));
+    assert.match(stderr, /warning: .*docker-credential-mine.*it failed/);
+  });
 });
 
 Deno.test("an unusable helper, and an auth that is not base64, cause a warning", async (t) => {
@@ -660,6 +665,7 @@ Deno.test("an unusable helper, and an auth that is not base64, cause a warning",
     ]),
     [{ credsStore: "../x" }, /name is invalid/],
     ...auths.map((auth): typeof table[0] => [{ auths: { [host]: { auth } } }, new RegExp(`${host}.*base64`)]),
+    [{ auths: { [host]: { registrytoken: "a\nb" } } }, new RegExp(`registrytoken.*${host}.*not allowed`)],
   ];
   for (const [config, words, permissions] of table) {
     await t.step(`${JSON.stringify(config).replace(host, "HOST")} ${permissions}`, async () => {
@@ -843,6 +849,20 @@ Deno.test("a redirect's query and user information are never printed", async () 
       assert.doesNotMatch(shown, /Signature=|expires=|secret/);
     }
   }
+});
+
+Deno.test("the message of an error has few characters, whatever the registry sends", async (t) => {
+  const path = `/${"a".repeat(50_000)}`;
+  const challenge = { "www-authenticate": "a, ".repeat(10_000) };
+  const table: Record<string, (request: Request) => Response> = {
+    "many schemes": () => new Response(null, { status: 401, headers: challenge }),
+    "a long path": ({ url }) => new URL(url).pathname === path ? new Response(null, { status: 404 }) : redirect(path),
+  };
+  await steps(t, table, async (onRequest) => {
+    await using registry = startRegistry({ onRequest });
+    const { message } = await assertFails(pull(registry), "auth|not-found");
+    assert(message.length < 1000, message);
+  });
 });
 
 Deno.test("user information is removed from every URL in an error", async () => {
@@ -1490,6 +1510,14 @@ async function bothSchemes(): Promise<Record<string, { options: RegistryOptions;
   };
 }
 
+Deno.test("JSON that is nested deeply is not an internal error", async () => {
+  for (const depth of [10, 1000, 2000, 2400, 2600, 2800, 2900, 3000, 3200, 10_000]) {
+    const body = `{"message":${"[".repeat(depth)}${"]".repeat(depth)}}`;
+    await using registry = startRegistry({ onRequest: () => new Response(body, { status: 404 }) });
+    await assertFails(pull(registry), "not-found");
+  }
+});
+
 Deno.test("an HTML page or compressed bytes instead of a document are named", async (t) => {
   const html = { "content-type": "text/html; charset=utf-8" };
   const manifest = { "content-type": MEDIA.ociManifest };
@@ -1563,6 +1591,15 @@ Deno.test("http sent to an https port, and https sent to an http port, are named
       const attempt = () => pull(registry, { insecure, protocol: "https", delay: noRetry });
       await explanation(attempt, "network", /\bhttp\b.*--protocol http\b/is);
     }
+  });
+  await t.step("https, and an answer that is not HTTP", async () => {
+    const fetch = () => Promise.reject(connectError(PUBLIC, "invalid HTTP version parsed"));
+    const { hint } = await assertFails(
+      pull(PUBLIC, { protocol: "https", fetch, delay: noRetry }),
+      "network",
+      /not HTTP$/,
+    );
+    assert.equal(hint, undefined);
   });
 });
 
@@ -2192,6 +2229,46 @@ Deno.test("If-Range is sent with a strong validator, and with no other", async (
     await pullsNoise({ onRequest });
     assert.deepEqual(asked, [expected], etag);
   }
+});
+
+Deno.test("a blob whose entity tags differ is resumed without them", async () => {
+  const asked: (string | null)[] = [];
+  const whole = (etag: string) => part(0, 60_000, { "content-length": String(NOISE.length), etag });
+  const onRequest = blobAnswers(
+    () => whole('"a"'),
+    ({ headers }) => (asked.push(headers.get("if-range")), whole('"b"')),
+    ({ headers }) => void asked.push(headers.get("if-range")),
+  );
+  const ranges = await pullsNoise({ onRequest });
+  assert.deepEqual(asked, ['"a"', null]);
+  assert.deepEqual(ranges, [undefined, ...Array(2).fill(`bytes=60000-${NOISE.length - 1}`)]);
+});
+
+Deno.test("a storage that fails for good is left: the registry is asked for another place", async () => {
+  const whole = { "content-length": String(NOISE.length) };
+  const onRequest = (_: Request, { count }: RequestContext) =>
+    count === 1 ? part(0, 60_000, whole) : new Response(null, { status: 503 });
+  await using storage = startRegistry({ onRequest });
+  await pullsNoise({ onRequest: blobAnswers(() => redirect(`${storage.url}/x`), () => undefined) });
+  assert.equal(storage.requests.length, 2);
+});
+
+Deno.test("a range is requested again after one was ignored: another server may answer", async () => {
+  const dying = () => part(0, 60_000, { "content-length": String(NOISE.length) });
+  const ranges = await pullsNoise({ onRequest: blobAnswers(dying, dying, () => undefined) });
+  const rest = `bytes=60000-${NOISE.length - 1}`;
+  assert.deepEqual(ranges, [undefined, rest, rest]);
+});
+
+Deno.test("a Content-Length may be repeated", async () => {
+  await using registry = startRegistry();
+  serveLayer(registry, NOISE);
+  const twice: typeof fetch = async (input, init) => {
+    const { body, status, headers } = await fetch(input, init);
+    const length = headers.get("content-length");
+    return new Response(body, { status, headers: { "content-length": `${length}, ${length}` } });
+  };
+  assertSame((await pull(registry, { fetch: twice })).tarball, NOISE);
 });
 
 Deno.test("the answer to a range is used only if Content-Range names that range", async (t) => {
@@ -3845,6 +3922,18 @@ Deno.test("verifyKeys finds the right signature among others", async (t) => {
     registry.requests.length = 0;
     await assertUnsigned(registry, /key.*other\.pem/, { verifyKeys: [keyFile(keyOf("P-256", "other"), "other.pem")] });
     assert.equal(paths(registry, "referrers").length, 4, "three pages of the index, one of the image");
+  });
+  const odd: Record<string, [body: string, link?: string]> = {
+    "many referrers": [`{"manifests":[${'{"digest":""},'.repeat(250_000)}{}]}`],
+    "a Link header that is hard to parse": ["{}", "<".repeat(100_000)],
+  };
+  await steps(t, odd, async ([body, link]) => {
+    const init = { headers: link === undefined ? undefined : { link } };
+    const onRequest = answerTo("referrers", () => new Response(body, init));
+    await using registry = serveSigned({ format: "bundle", signatures: [], options: { onRequest } });
+    const started = performance.now();
+    await assertUnsigned(registry, /no signature/);
+    assert(performance.now() - started < 10_000, "searched for long");
   });
   await t.step("a second layer of simple signing", async () => {
     const [first, second] = [sign(theirs, {}, "simplesigning"), sign(ours, {}, "simplesigning")];
