@@ -77,8 +77,10 @@ const MAX_JSON_DEPTH = 100;
 const MAX_ERROR_BYTES = 64 * 1024; // of the body of an error response
 const MAX_WORDS = 4096; // characters of a server's error that are searched for secrets
 const MAX_SHOWN = 300; // characters of a name in a message
+const MAX_LISTED = 50; // names in a message
 const MAX_PAGES = 100; // of a list of referrers
 const MAX_REFERRERS = 10_000;
+const MAX_SIGNATURES = 10; // of one bundle: cosign writes one, and to verify thousands would take minutes
 const MAX_INDEX_DEPTH = 5;
 const DEFAULT_TOKEN_SECONDS = 60; // of a token whose answer does not say, by the token specification
 const MAX_LINKS = 40; // as in Linux: a path through more symbolic links is a loop
@@ -104,6 +106,7 @@ const SAMPLE_BYTES = 128 * 1024; // at the beginning of a layer, which show how 
 const TAR_BLOCK_BYTES = 512;
 const MAX_EXTENSION_BYTES = 1024 * 1024; // of an extension header, with names and attributes; as in Go
 const MAX_PATH = 4096; // characters; PATH_MAX of Linux
+const MAX_COMPONENTS = 255; // of a path: Deno takes seconds to make a thousand nested directories
 const MAX_MTIME_SECONDS = 2 ** 34; // limit of a file's time; the kernel lowers it to what the file system can hold
 
 const WORKER_BYTES = 24 * 1024 * 1024; // below this, a second thread takes longer to start than it saves
@@ -656,6 +659,13 @@ function withoutUser(url: URL): URL {
   bare.username = "";
   bare.password = "";
   return bare;
+}
+
+/** Lists untrusted names on one line, the first MAX_LISTED of them. */
+function listNames(names: Iterable<string>): string {
+  const all = [...names];
+  const shown = all.slice(0, MAX_LISTED).map((name) => oneLine(name.slice(0, MAX_SHOWN))).join(", ");
+  return all.length > MAX_LISTED ? `${shown} and ${all.length - MAX_LISTED} more` : shown;
 }
 
 function plural(count: number, noun: string): string {
@@ -1947,7 +1957,8 @@ class Registry implements ImageStore {
       const { response, body } = await this.#getDocument(`referrers/${digest}${query}`, options);
       const list = response.isOk ? parseJson(body)?.manifests : [];
       for (const entry of [list ?? []].flat()) {
-        if (DIGEST.test(entry?.digest)) found.push({ digest: entry.digest, mediaType: entry.mediaType });
+        const { digest, mediaType } = entry ?? {};
+        if (typeof digest === "string" && DIGEST.test(digest)) found.push({ digest, mediaType });
       }
       const [, next] = /<([^<>]*)>\s*;[^,<]*\brel="?next\b/i.exec(response.headers.get("link") ?? "") ?? [];
       query = next === undefined ? undefined : URL.parse(next, response.url)?.search;
@@ -2593,7 +2604,7 @@ function openSource(source: Source, options: SourceOptions): Origin {
     default: {
       const { kind, path, tag } = source;
       const text = `${kind}:${path}${tag === undefined ? "" : `:${tag}`}`;
-      const open = openMembers(source, text);
+      const open = openMembers(source, { text, signal: options.settings.signal });
       const store = kind === "docker-archive" ? dockerArchiveStore(open, text) : layoutStore(open, text);
       return { kind, image: { registry: `${kind}:${path}`, repository: "", tag }, store };
     }
@@ -2770,9 +2781,10 @@ async function* readCached(file: string, size: number, remove: () => void): Byte
 function claimPartial(path: string): Deno.FsFile | undefined {
   fs.mkdirSync(dirname(path), { recursive: true });
   const file = Deno.openSync(path, { read: true, write: true, create: true });
-  // Its last owner may have published it between opening and locking: then this is the finished blob.
+  // Its last owner may have published it between opening and locking: then this is the finished blob. A symbolic link
+  // may lead anywhere, and is not followed.
   const { isFile, ino } = file.statSync();
-  if (isFile && tryLock(file) === true && statIfExists(path)?.ino === ino) return file;
+  if (isFile && tryLock(file) === true && fs.lstatSync(path, { throwIfNoEntry: false })?.ino === ino) return file;
   file.close();
   return undefined;
 }
@@ -2784,7 +2796,9 @@ function blobPath(digest: string): string {
 /** Opens a file of an OCI layout or an archive, by its path in it. */
 type MemberOpener = (name: string) => Bytes;
 
-function openMembers({ kind, path }: { kind: string; path: string }, text: string): MemberOpener {
+type MemberOptions = { text: string; signal: AbortSignal };
+
+function openMembers({ kind, path }: { kind: string; path: string }, { text, signal }: MemberOptions): MemberOpener {
   const isDirectory = kind === "oci";
   const stat = onDisk("read", path, () => statIfExists(path));
   const fail = (state: string) => notFoundError(`Cannot read ${quote(text)}: ${state}`);
@@ -2794,10 +2808,10 @@ function openMembers({ kind, path }: { kind: string; path: string }, text: strin
     return (name) => {
       const file = join(path, name);
       if (fileSize(file) === undefined) throw usageError(`Cannot read ${quote(file)}: it is not a regular file`);
-      return readFile(file);
+      return interruptible(readFile(file), signal);
     };
   }
-  if (stat.isFile()) return indexArchive(path);
+  if (stat.isFile()) return indexArchive(path, signal);
   const hint = "an image's archive is read more than once: save it to a file first";
   throw usageError(`Cannot read ${quote(text)}: it is not a regular file`, { hint });
 }
@@ -2806,11 +2820,11 @@ function openMembers({ kind, path }: { kind: string; path: string }, text: strin
 type ArchiveEntry = { offset: number; size: number } | { link: string };
 
 /** Scans an archive on disk once, for where its members lie. A compressed one is decoded again for each member. */
-function indexArchive(path: string): MemberOpener {
+function indexArchive(path: string, signal: AbortSignal): MemberOpener {
   const fail = (state: string) => integrityError(`Cannot read ${quote(path)}: ${state}`);
-  let index: ReturnType<typeof scanArchive> | undefined;
+  let index: Promise<ArchiveIndex> | undefined;
   return async function* (name) {
-    index ??= scanArchive(path);
+    index ??= scanArchive(path, signal);
     const { isPlain, entries } = await index;
     let entry = entries.get(name);
     // `docker save` writes some members as links to others.
@@ -2820,7 +2834,7 @@ function indexArchive(path: string): MemberOpener {
     }
     if (entry === undefined) throw notFoundError(`Cannot read ${quote(path)}: it has no ${quote(name)}`);
     if (isPlain) return yield* readFile(path, entry);
-    for await (const { offset, body } of tarMembers(decompress(readFile(path), path), path)) {
+    for await (const { offset, body } of tarMembers(decompress(interruptible(readFile(path), signal), path), path)) {
       if (offset !== entry.offset) continue;
       for await (const chunk of body) yield new Uint8Array(chunk);
       return;
@@ -2828,14 +2842,19 @@ function indexArchive(path: string): MemberOpener {
   };
 }
 
-async function scanArchive(path: string): Promise<{ isPlain: boolean; entries: Map<string, ArchiveEntry> }> {
+type ArchiveIndex = { isPlain: boolean; entries: Map<string, ArchiveEntry> };
+
+async function scanArchive(path: string, signal: AbortSignal): Promise<ArchiveIndex> {
   using file = onDisk("read", path, () => Deno.openSync(path));
   const head = new Uint8Array(TAR_BLOCK_BYTES);
   const isPlain = file.readSync(head) === head.length && isTarHeader(head);
   file.seekSync(0, Deno.SeekMode.Start);
   // Bodies of a plain archive are skipped without being read.
-  const seek = isPlain ? (bytes: number) => void file.seekSync(bytes, Deno.SeekMode.Current) : undefined;
-  const bytes = isPlain ? chunksOf(file, { path }) : decompress(chunksOf(file, { path }), path);
+  const { size: end } = file.statSync();
+  const skip = (bytes: number) => void file.seekSync(Math.min(bytes, end), Deno.SeekMode.Current);
+  const seek = isPlain ? skip : undefined;
+  const chunks = interruptible(chunksOf(file, { path }), signal);
+  const bytes = isPlain ? chunks : decompress(chunks, path);
   const entries = new Map<string, ArchiveEntry>();
   for await (const { name, type, linkname, offset, size } of tarMembers(bytes, path, seek)) {
     const member = posix.normalize(name);
@@ -2851,26 +2870,34 @@ function layoutStore(open: MemberOpener, text: string): ImageStore {
   const fail = (state: string) => integrityError(`Cannot read ${quote(text)}: ${state}`);
   const readIndex = async (): Promise<Descriptor[]> => {
     const index = parseJson(await readAll(open("index.json"), MAX_MANIFEST_BYTES));
-    if (!Array.isArray(index?.manifests)) throw fail("its index.json is not an index");
-    return readDescriptors(index.manifests, fail);
+    const entries = index?.manifests === null ? [] : index?.manifests; // umoci writes null for an empty layout
+    if (!Array.isArray(entries)) throw fail("its index.json is not an index");
+    return readDescriptors(entries, fail);
   };
+  const readSmall = async (digest: string) => await readAll(open(blobPath(digest)), MAX_MANIFEST_BYTES);
   const readBlob = async (digest: string): Promise<Uint8Array> => {
     if (!DIGEST.test(digest)) throw fail(`${quote(String(digest))} is not a digest`);
-    const body = await readAll(open(blobPath(digest)), MAX_MANIFEST_BYTES);
+    const body = await readSmall(digest);
     if (body === undefined) throw fail(`manifest ${digest} has more than ${MAX_MANIFEST_BYTES} bytes`);
     return body;
   };
+  /** Reads what an entry names; undefined if that is missing or not a manifest, because other entries may be chosen. */
+  const readEntry = async ({ digest }: Descriptor): Promise<JsonObject | undefined> =>
+    DIGEST.test(digest) ? parseJson(await ifExists(readSmall(digest))) : undefined;
   const isOfKind = ({ annotations }: Descriptor, kinds: string[]) =>
     kinds.some((kind) => annotations?.kind === `dev.cosignproject.cosign/${kind}`);
   // `oras cp -r` also lists the images of an index, and what refers to an image; cosign's tags hold signatures, and
   // `cosign save` names the kinds of its entries.
   const readRoots = async (): Promise<Descriptor[]> => {
-    const entries = await readIndex();
-    const documents: (JsonObject | undefined)[] = [];
-    for (const { digest } of entries) documents.push(parseJson(await ifExists(readBlob(digest))));
-    const children = new Set(documents.flatMap((document) => document?.manifests ?? []).map((child) => child?.digest));
-    const isRoot = ({ digest, annotations }: Descriptor, at: number) =>
-      documents[at]?.subject === undefined && !children.has(digest) &&
+    const entries = (await readIndex()).filter(({ digest }) => DIGEST.test(digest));
+    const others = new Set<string>(); // digests of children and of what refers to an image
+    for (const [digest, entry] of new Map(entries.map((entry) => [entry.digest, entry]))) {
+      const { manifests, subject } = await readEntry(entry) ?? {};
+      for (const child of [manifests ?? []].flat()) others.add(String(child?.digest));
+      if (subject !== undefined) others.add(digest);
+    }
+    const isRoot = ({ digest, annotations }: Descriptor) =>
+      !others.has(digest) &&
       !isOfKind({ digest, annotations }, ["sigs", "atts", "sboms"]) &&
       !/^sha(?:256|512)-/.test(String(annotations?.["org.opencontainers.image.ref.name"]));
     return entries.filter(isRoot);
@@ -2888,8 +2915,7 @@ function layoutStore(open: MemberOpener, text: string): ImageStore {
     async referrers(digest) {
       const found: Descriptor[] = [];
       for (const entry of await readIndex()) {
-        if (!DIGEST.test(String(entry?.digest))) continue;
-        const manifest = parseJson(await readBlob(entry.digest));
+        const manifest = await readEntry(entry);
         if (manifest?.subject?.digest === digest) found.push(entry);
       }
       return found;
@@ -2909,7 +2935,9 @@ function chooseFromLayout(entries: Descriptor[], { text, tag }: { text: string; 
     : entries;
   const [chosen, ...others] = candidates;
   if (chosen !== undefined && others.every(({ digest }) => digest === chosen.digest)) return chosen;
-  const list = names.length > 0 ? `the tags ${names.join(", ")}` : `${plural(entries.length, "image")} without a tag`;
+  const list = names.length > 0
+    ? `the tags ${listNames(names.map(String))}`
+    : `${plural(entries.length, "image")} without a tag`;
   const hint = tag === undefined && names.length > 0 ? "add one of them after a colon" : undefined;
   throw notFoundError(`Cannot choose an image in ${quote(text)}: it has ${list}`, { hint });
 }
@@ -2941,7 +2969,10 @@ function dockerArchiveStore(open: MemberOpener, text: string): ImageStore {
   };
   return {
     manifest: async () => ({ body: await readManifest() }),
-    blob: ({ digest }) => open(files.get(digest) ?? digest),
+    // crane, kaniko and containerd compress the layers, but these digests are of the layers before compression.
+    async *blob({ digest }) {
+      for await (const chunk of decompress(open(files.get(digest) ?? digest), digest)) yield new Uint8Array(chunk);
+    },
     referrers: () => Promise.resolve([]),
   };
 }
@@ -3009,6 +3040,7 @@ async function resolveImage(origin: ImageOrigin, settings: Settings): Promise<Re
   const wanted = settings.platform;
   const name = formatReference(image);
   const offered = new Set<string>();
+  const searched = new Set<string>(); // indexes may name the same one many times
   const read = async (reference: string) => readDocument(await store.manifest(reference), reference, image);
   const top = await read(image.digest ?? image.tag ?? (kind === "registry" ? "latest" : ""));
 
@@ -3028,6 +3060,8 @@ async function resolveImage(origin: ImageOrigin, settings: Settings): Promise<Re
     // Indexes within an index need not name a platform; then each of them is searched.
     const nested = candidates.filter((entry) => !hasPlatform(entry) && INDEX_TYPES.includes(entry.mediaType ?? ""));
     for (const entry of chosen === undefined ? nested : [chosen]) {
+      if (searched.has(entry.digest)) continue;
+      searched.add(entry.digest);
       const found = await search(await read(entry.digest), depth + 1);
       if (found !== undefined) return hasPlatform(entry) ? { ...found, platform: entry.platform } : found;
     }
@@ -3036,7 +3070,7 @@ async function resolveImage(origin: ImageOrigin, settings: Settings): Promise<Re
 
   const manifest = await search(top, 0);
   if (manifest === undefined) {
-    const list = offered.size === 0 ? "its index is empty" : `it has ${[...offered].join(", ")}`;
+    const list = offered.size === 0 ? "its index is empty" : `it has ${listNames(offered)}`;
     const byDigest = `use one of them as SOURCE: ${image.registry}/${image.repository}@DIGEST`;
     const hasPlatforms = [...offered].some((text) => !/^sha\d+:/.test(text));
     const isByDigest = kind === "registry" && offered.size > 0;
@@ -3046,8 +3080,9 @@ async function resolveImage(origin: ImageOrigin, settings: Settings): Promise<Re
   const stated = await statedPlatform(manifest, store);
   const platform = stated === undefined ? null : formatPlatform(stated);
   if (stated !== undefined && !isCompatible(stated, wanted)) {
-    const message = `Cannot find ${formatPlatform(wanted)} in ${quote(name)}: the image is for ${platform}`;
-    throw notFoundError(message, { hint: `to use it anyway, pass --platform ${platform}` });
+    const offers = listNames([formatPlatform(stated)]);
+    const message = `Cannot find ${formatPlatform(wanted)} in ${quote(name)}: the image is for ${offers}`;
+    throw notFoundError(message, { hint: `to use it anyway, pass --platform ${offers}` });
   }
   const named = { digest: top.digest, mediaType: top.mediaType };
   return { ...origin, name, named, manifest, platform, isArtifact: isArtifactManifest(manifest) };
@@ -3125,11 +3160,12 @@ function readDocument(answer: ManifestAnswer, reference: string, image: ImageRef
   const content = digestOf(body, algorithm) === expected ? body : signedPayload(body);
   const actual = digestOf(content, algorithm);
   if (expected !== undefined && actual !== expected) {
-    throw fail(`its digest is ${actual}${isNamed ? "" : `, but Docker-Content-Digest is ${expected}`}`);
+    const claim = image.repository === "" ? "index.json" : "Docker-Content-Digest"; // a layout has no repository
+    throw fail(`its digest is ${actual}${isNamed ? "" : `, but ${claim} says ${expected}`}`);
   }
   const json = parseJson(content);
   if (json === undefined) throw fail("it is not a JSON object");
-  const digest = isNamed ? reference : digestOf(content, "sha256");
+  const digest = expected ?? digestOf(content, "sha256");
 
   const shape = json.manifests ? INDEX_TYPES[0] : json.layers ? MANIFEST_TYPES[0] : json.fsLayers && SCHEMA1_TYPES[1];
   const mediaType = [json.mediaType, contentType.split(";")[0]?.trim().toLowerCase(), shape]
@@ -3138,7 +3174,7 @@ function readDocument(answer: ManifestAnswer, reference: string, image: ImageRef
   if (INDEX_TYPES.includes(mediaType)) return { digest, mediaType, entries: readDescriptors(json.manifests, fail) };
   if (SCHEMA1_TYPES.includes(mediaType)) {
     // Schema 1 lists the final layer first, and does not say sizes.
-    const blobs = json.fsLayers?.map?.((layer: JsonObject | null) => ({ digest: layer?.blobSum }));
+    const blobs = Array.isArray(json.fsLayers) && json.fsLayers.map((layer) => ({ digest: layer?.blobSum }));
     const { architecture } = json;
     const platform = typeof architecture === "string" ? { os: "linux", architecture } : undefined;
     return { digest, mediaType, layers: readDescriptors(blobs, fail, DIGEST).reverse(), platform };
@@ -3253,12 +3289,15 @@ const TAR_TYPE = /(?:^|[./+-])(?:x-)?(?:tar|tgz|gtar)(?:$|[.+-])/;
 async function artifactParts(layers: Part[], resolved: ResolvedImage, filter: FilterOptions): Promise<Part[]> {
   const { manifest, name } = resolved;
   const select = await memberFilter(filter);
+  const turns = new Turns();
   const skipped: FetchResult["skipped"] = [];
   const titles = new Set<string>();
   const paths = new Set<string>();
   const parts: Part[] = [];
   for (const part of layers) {
-    const { annotations = {}, mediaType = "" } = part.descriptor ?? {};
+    await turns.give();
+    const { annotations = {} } = part.descriptor ?? {};
+    const mediaType = String(part.descriptor?.mediaType ?? "");
     const title = part.descriptor && titleOf(part.descriptor);
     if (title === undefined) {
       if (!TAR_TYPE.test(mediaType)) {
@@ -3273,6 +3312,7 @@ async function artifactParts(layers: Part[], resolved: ResolvedImage, filter: Fi
     const fail = (state: string) => integrityError(`Cannot fetch file ${quote(title)} of ${quote(name)}: ${state}`);
     const source = cleanPath(title);
     if (title.includes("\0")) throw fail("its title contains NUL");
+    if (isTooLong(title)) throw fail(TOO_LONG);
     if (isOutside(source)) {
       throw new FetchWheelsError("unsafe", `Cannot extract ${quote(title)}: its title contains ".."`);
     }
@@ -3374,7 +3414,7 @@ async function verifySignature(resolved: ResolvedImage, settings: Settings): Pro
       }
       const isOurs = verifyKeys.some((key) => key.hint === hint);
       if (otherKind !== undefined) state ??= `${quote(otherKind)} is not an image signature`;
-      else if (signer !== undefined) state = `the signature is for another digest, ${digests.join(", ") || "none"}`;
+      else if (signer !== undefined) state = `the signature is for another digest, ${listNames(digests) || "none"}`;
       else if (hint === undefined) state = `it is not signed by the key ${files}, or the signed payload was changed`;
       else state = isOurs ? "its payload was changed after it was signed" : `it is signed by a key other than ${files}`;
     }
@@ -3447,7 +3487,7 @@ function* bundleSignatures(bundle: JsonObject | undefined): Generator<StoredSign
   const subjects: (JsonObject | null | undefined)[] = [subject].flat();
   const digests = subjects.flatMap((subject) => Object.entries(subject?.digest ?? {}).map((pair) => pair.join(":")));
   const hint = bundle?.verificationMaterial?.publicKey?.hint;
-  for (const entry of signatures) {
+  for (const entry of signatures.slice(0, MAX_SIGNATURES)) {
     yield { format: "bundle", message, signature: decodeBase64(entry?.sig), hint, otherKind, digests };
   }
 }
@@ -3967,6 +4007,12 @@ function cleanPath(path: string): string {
   return path.split("/").filter((component) => component !== "" && component !== ".").join("/");
 }
 
+const TOO_LONG = `its path has more than ${MAX_PATH} characters or ${MAX_COMPONENTS} components`;
+
+function isTooLong(path: string): boolean {
+  return path.length > MAX_PATH || path.split("/").length > MAX_COMPONENTS;
+}
+
 /** Reports whether a clean path could lead outside of the directory that it is meant for. */
 function isOutside(path: string): boolean {
   return path.includes("\0") || path.split("/").includes("..");
@@ -4005,7 +4051,7 @@ function damageError(member: string, state: string, options?: { hint?: string })
 /** Applies every rule to a member; undefined for the archive's own root. */
 function safeMember(member: TarMember, filter: MemberFilter, directory: string | undefined): ArchiveMember | undefined {
   const { name, type, linkname, size, mode, mtime, fault, body } = member;
-  if (name.length > MAX_PATH) throw damageError(name, `its path has more than ${MAX_PATH} characters`);
+  if (isTooLong(name)) throw damageError(name, TOO_LONG);
   const source = cleanPath(name);
   if (source === "" && type === "directory") return undefined;
   const { path, reason } = filter(source);

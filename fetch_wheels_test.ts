@@ -2757,6 +2757,15 @@ Deno.test("a cache that cannot be written causes a warning, and is not used", as
     await cached.fetch();
     assert(Deno.statSync(part).isFifo);
   });
+  await t.step("because the file of an unfinished blob is a symbolic link", async () => {
+    await using cached = await serveCached();
+    const target = cached.scratch.at("target", "target");
+    const part = cached.scratch.at(`cache/${cached.entry}.part`, "");
+    Deno.removeSync(part);
+    Deno.symlinkSync(target, part);
+    await cached.fetch();
+    assert.equal(Deno.readTextFileSync(target), "target");
+  });
   for (const [option, words] of [["size=100k", /no space/], ["ro", /read-only/]] as const) {
     const name = `because of ${option}${canMount ? "" : " (needs root and mount)"}`;
     const fn = async () => {
@@ -2912,12 +2921,55 @@ Deno.test("an OCI layout, as a directory or an archive, is resolved and verified
     const blob = scratch.at(`layout/blobs/sha256/${digest}`);
     Deno.writeFileSync(blob, gzip(await makeTar(GOOD)));
     await assertRefused(`${layout}:single`, "integrity");
+    scratch.at(`layout/blobs/sha256/${index.digest.slice(7)}`, amd64.manifest);
+    await assertRefused(`${layout}:multi`, "integrity: but index.json says sha256:");
   });
   using other = new Scratch();
   const two = writeLayout(other, images, { one: amd64, two: arm64 });
   await assertFails(fetchWheels(two), "not-found", /one, two$/);
   await assertRefused(`oci:${scratch.at("nowhere")}`, "not-found");
   await assertRefused(`oci-archive:${scratch.at("layout")}`, "not-found");
+});
+
+Deno.test("entries of a layout that cannot be read do not hide the others", async (t) => {
+  const large = new Uint8Array((4 << 20) + 1);
+  const beside: Record<string, { digest: string; mediaType?: string }> = {
+    "a digest of an unknown algorithm": { digest: "blake3:abc" },
+    "a manifest that is missing": { digest: `sha256:${HEX}`, mediaType: MEDIA.ociManifest },
+    "a blob that is too large for a manifest": { digest: sha256(large), mediaType: MEDIA.ociManifest },
+  };
+  const named = { digest: sha512(IMAGE.manifest), mediaType: IMAGE.mediaType, size: IMAGE.manifest.length };
+  const bundle = makeSignature({ subject: named, key: keyOf("P-256"), format: "bundle" });
+  for (const [name, entry] of Object.entries(beside)) {
+    for (const tag of ["", ":1"]) {
+      await t.step(`${name}, the image ${tag === "" ? "without" : "with"} a tag in the source`, async () => {
+        using scratch = new Scratch();
+        const source = writeLayout(scratch, [IMAGE, bundle], {});
+        for (const blob of [large, IMAGE.manifest]) scratch.at(`layout/blobs/sha512/${sha512(blob).slice(7)}`, blob);
+        scratch.at(`layout/blobs/sha256/${sha256(large).slice(7)}`, large);
+        const tagged = { ...named, annotations: { "org.opencontainers.image.ref.name": "1" } };
+        scratch.at("layout/index.json", JSON.stringify({ manifests: [entry, tagged, bundle.descriptor] }));
+        await assertSigned(`${source}${tag}`, { format: "bundle", digest: named.digest });
+      });
+    }
+  }
+  await t.step("a layout without entries, as umoci writes it, is not damaged", async () => {
+    using scratch = new Scratch();
+    const source = writeLayout(scratch, [], {});
+    scratch.at("layout/index.json", '{"schemaVersion":2,"manifests":null}');
+    await assertRefused(source, "not-found: 0 images");
+  });
+});
+
+Deno.test("an abort ends the scan of an image archive", async () => {
+  using scratch = new Scratch();
+  const zeros = Array<Uint8Array>(128).fill(gzip(new Uint8Array(64 << 20)));
+  const archive = concat(gzip(rawHeader({ name: "zeros", size: base256(8 * 2 ** 30, 12) })), ...zeros);
+  const source = `oci-archive:${scratch.at("archive.tar.gz", archive)}`;
+  const started = performance.now();
+  await assert.rejects(fetchWheels(source, { dest: scratch.at("dest"), signal: AbortSignal.timeout(100) }), /timeout/);
+  assert(performance.now() - started < 2000, `${performance.now() - started} ms`);
+  assert.deepEqual(Object.keys(contents(scratch.path)), ["archive.tar.gz"]);
 });
 
 Deno.test("a docker save archive is verified by the digests of its configuration", async (t) => {
@@ -2944,6 +2996,13 @@ Deno.test("a docker save archive is verified by the digests of its configuration
     const compressed = scratch.at("good.tar.gz", gzip(await archive()));
     await fetchWheels(`docker-archive:${compressed}`, { ...options, layers: ["1"], dest: scratch.at("base") });
     assert.deepEqual(contents(scratch.at("base")), { "base.txt": "base" });
+  });
+  await t.step("compressed layers, as crane, kaniko and containerd write them", async () => {
+    for (const [name, compress] of Object.entries({ gzip, zstd })) {
+      const compressed = `docker-archive:${scratch.at(`${name}.tar`, await archive({ top: compress(top) }))}`;
+      const { layers: [layer] } = await fetchWheels(compressed, { ...options, dest: scratch.at(name) });
+      assert.deepEqual([layer?.digest, contents(scratch.at(name))], [sha256(top), GOOD_CONTENTS]);
+    }
   });
   const confused = config.replace("arm64", "amd64");
   const table: Record<string, [archive: Uint8Array, kind: string, platform?: string]> = {
@@ -3335,6 +3394,10 @@ Deno.test("a value of the wrong type is the sender's fault, not a bug", async (t
     ["integrity", { layers: [{ ...layer, digest: wrong }] }],
     ["integrity", { config: { ...config, digest: wrong }, layers: [layer] }],
     ["integrity", { fsLayers: [{ blobSum: wrong }] }],
+    ["integrity", { fsLayers: { map: 0 } }],
+    ["integrity", { layers: [{ ...layer, digest: JSON.parse("[".repeat(3000) + "]".repeat(3000)) }] }],
+    ["not-found", { config: { ...config, mediaType: "text/x" }, layers: [{ ...layer, mediaType: null }] }],
+    ["not-found", { config: { ...config, mediaType: "text/x" }, layers: [{ ...layer, mediaType: { length: 999 } }] }],
     ["integrity", { manifests: [null] }],
     ["integrity", { manifests: [{ ...IMAGE.descriptor, digest: [IMAGE.digest] }] }],
     ["not-found", { manifests: [IMAGE, ARM].map(({ digest }) => ({ digest, artifactType: wrong })) }],
@@ -3367,6 +3430,46 @@ Deno.test("long words of a server do not block the program", async () => {
     assert(performance.now() - started < 2000, `${performance.now() - started} ms`);
     assert(message.length < 1000);
   }
+});
+
+Deno.test("large documents of a registry do not block the program", async (t) => {
+  const theirs = keyOf("P-256", "theirs").sign(toBytes("x"));
+  const manySignatures: SignatureChanges = {
+    text: "x".repeat(1 << 20),
+    signed: (envelope) => envelope.signatures = Array(20_000).fill({ sig: theirs }),
+  };
+  const referrers = (text: string, headers?: HeadersInit): Partial<SignedFields> => {
+    return { options: { onRequest: answerTo("/referrers/", () => new Response(text, { headers })) } };
+  };
+  const cases: Record<string, Partial<SignedFields>> = {
+    "20,000 signatures in a bundle": { change: manySignatures },
+    "290,000 referrers": referrers(`{"manifests":[${'{"digest":""},'.repeat(290_000)}null]}`),
+    "a link to the next page that never ends": referrers('{"manifests":[]}', { link: "<".repeat(100_000) }),
+    "many links, none to the next page": referrers('{"manifests":[]}', { link: "<>;".repeat(30_000) }),
+  };
+  await steps(t, cases, async (fields) => {
+    await using registry = serveSigned({ format: "bundle", ...fields });
+    const started = performance.now();
+    await assertUnsigned(registry);
+    assert(performance.now() - started < 3000, `${performance.now() - started} ms`);
+  });
+  await t.step("indexes that name the same index many times", async () => {
+    await using registry = serveImage();
+    let index = makeIndex([ARM.descriptor]);
+    for (let depth = 0; depth < 4; depth++) {
+      pushAs(registry, index.digest, index);
+      index = makeIndex(Array(50).fill(index.descriptor));
+    }
+    pushAs(registry, "1.0", index);
+    await assertFails(pull(registry), "not-found", /linux\/arm64$/);
+    assert.equal(paths(registry, "/manifests/").length, 5);
+  });
+  await t.step("a list of platforms is shortened, and kept on one line", async () => {
+    await using registry = serveImage();
+    const platforms = Array.from({ length: 999 }, (_, at) => ({ os: "a\nb", architecture: `${at}` }));
+    pushAs(registry, "1.0", makeIndex(platforms.map((platform) => ({ ...IMAGE.descriptor, platform }))));
+    await assertFails(pull(registry), "not-found", /^.{0,900}a\\u000ab\/49 and 949 more$/);
+  });
 });
 
 Deno.test("a document with another digest than the one that names it is refused", async (t) => {
@@ -4435,6 +4538,7 @@ Deno.test("an image archive is refused when it is damaged or when its links lead
     ["a hard link to itself", "docker-archive", hardlink("manifest.json", "manifest.json")],
     ["a config that links to itself", "docker-archive", regular("manifest.json", manifest), symlink("c.json", "./c.json")],
     ["an index that links to itself", "oci-archive", symlink("index.json", "index.json")],
+    ["a member of 8 PiB", "oci-archive", rawHeader({ name: "large", size: base256(Number.MAX_SAFE_INTEGER, 12) })],
   ];
   for (const [name, kind, ...parts] of circles) {
     const source = `${kind}:${scratch.at("circle.tar", tarOf(...parts))}`;

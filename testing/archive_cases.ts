@@ -320,6 +320,7 @@ export const REFUSED: Refused[] = [
     [meta("g", paxRecords({ comment: "y".repeat(MIB) })), regular("a.whl")]],
   ["a GNU long name of more than 1 MiB", "integrity", [gnu("L", "y".repeat(MIB)), regular("a.whl")]],
   ["a path of more than 4,096 characters", "integrity: 4096", [pax({ path: `${"a/".repeat(40_000)}b.whl` }), regular("a.whl")]],
+  ["a path of more than 255 components", "integrity: 255", [pax({ path: `${"a/".repeat(255)}b.whl` }), regular("a.whl")]],
   ["a symbolic link to more than 4,096 characters", "integrity",
     [pax({ linkpath: "a/".repeat(40_000) }), symlink("link", "x")]],
   ["a PAX header of a huge size", "integrity", [head("p", "x", { size: 2 ** 40 })]],
