@@ -107,6 +107,7 @@ const TAR_BLOCK_BYTES = 512;
 const MAX_EXTENSION_BYTES = 1024 * 1024; // of an extension header, with names and attributes; as in Go
 const MAX_PATH = 4096; // characters; PATH_MAX of Linux
 const MAX_COMPONENTS = 255; // of a path: Deno takes seconds to make a thousand nested directories
+const MAX_NAME_BYTES = 4 * MAX_PATH; // of a name, which are decoded for each member; more than MAX_PATH characters
 const MAX_MTIME_SECONDS = 2 ** 34; // limit of a file's time; the kernel lowers it to what the file system can hold
 
 const WORKER_BYTES = 24 * 1024 * 1024; // below this, a second thread takes longer to start than it saves
@@ -116,11 +117,12 @@ const TEXT_FACTOR = 2; // of what inflates to more, decoding is the larger part 
 
 const LOCK_NAME = "lock";
 const JOURNAL_NAME = "journal";
+const STAGING_NAME = /^\.(?:.*\.)?fetch_wheels-\d+-[0-9a-f]{8}$/s; // of any DEST
 const LOCK_POLL_MS = 50;
 const YOUNG_MS = 60_000; // a staging directory as young as this may not have its lock yet
 const CONSTRAINTS = "upper-constraints.txt";
 
-const MAX_BLOCKING_MS = 50; // without a look at signals and messages
+const MAX_BLOCKING_MS = 50; // for which one task may run before signals and messages are handled
 const SHUTDOWN_MS = 1500; // for cleaning up after a signal; then the process ends
 const REDRAW_MS = 200;
 const RATE_MS = 5000; // over which the rate of the progress is measured
@@ -427,7 +429,7 @@ export async function fetchWheels(source: string, options: FetchWheelsOptions = 
     const parsed = parseSource(source);
     using client = new HttpClient(settings);
     // Opened before any request: an unusable disk is better known before half a gigabyte has been downloaded.
-    using target = openTarget(settings);
+    await using target = await openTarget(settings);
     let { mirrors } = settings;
     let isFresh = false;
     while (true) {
@@ -3923,7 +3925,8 @@ function parseTarNumber(field: Uint8Array): number | undefined {
 const NAME_DECODER = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
 
 /** A name that is not UTF-8 is shown with replacement characters, and is a fault. */
-function decodeName(bytes: Uint8Array): { text: string; fault?: string } {
+function decodeName(field: Uint8Array): { text: string; fault?: string } {
+  const bytes = field.subarray(0, MAX_NAME_BYTES);
   if (bytes.length === 0) return { text: "" };
   try {
     return { text: NAME_DECODER.decode(bytes) };
@@ -3934,15 +3937,16 @@ function decodeName(bytes: Uint8Array): { text: string; fault?: string } {
 
 /** Adds `LENGTH KEY=VALUE\n` records to a map. Goes by their lengths, because a value may hold anything. */
 function readPaxRecords(body: Uint8Array, records: TarExtensions): boolean {
-  for (let at = 0; at < body.length;) {
-    const blank = body.indexOf(0x20, at);
-    const digits = blank < 0 ? "" : Buffer.from(body.subarray(at, blank)).toString("latin1");
+  const text = Buffer.from(body).toString("latin1"); // much faster to search than bytes, and as long
+  for (let at = 0; at < text.length;) {
+    const blank = text.indexOf(" ", at);
+    const digits = text.slice(at, Math.max(at, blank));
     const end = at + Number(/^\d{1,9}$/.test(digits) ? digits : NaN);
-    const equals = body.indexOf(0x3d, blank);
-    const isRecord = end <= body.length && equals > blank + 1 && equals < end && body[end - 1] === 0x0a;
+    const equals = text.indexOf("=", blank);
+    const isRecord = end <= text.length && equals > blank + 1 && equals < end && text[end - 1] === "\n";
     if (!isRecord) return false;
     // Keeps only keys that matter, and those of sparse files as one, so that many headers do not take much memory.
-    const key = Buffer.from(body.subarray(blank + 1, equals)).toString("utf8").replace(/^GNU\.sparse\..*/s, "sparse");
+    const key = text.slice(blank + 1, equals).replace(/^GNU\.sparse\..*/s, "sparse");
     if (["path", "linkpath", "size", "mtime", "sparse"].includes(key)) {
       records.set(key, new Uint8Array(body.subarray(equals + 1, end - 1)));
     }
@@ -3973,6 +3977,7 @@ type MemberFilter = (path: string) => { path: string; reason?: string };
 
 const EXCLUDED = "excluded by --exclude";
 const NOT_INCLUDED = "not matched by --include";
+const RESERVED = "reserved name: fetch_wheels takes it for a staging directory of its own";
 const HIDDEN = 'hidden (a component of its path begins with ".")';
 const TOO_SHORT = "its path has too few components for --strip-components";
 const UNSUPPORTED = "unsupported type: ";
@@ -3988,6 +3993,8 @@ async function memberFilter({ include, exclude, strip }: FilterOptions): Promise
       components.some((name, at) => matcher(name) || matcher(components.slice(0, at + 1).join("/")));
     if (exclude.length > 0 && matches(isExcluded)) return { path, reason: EXCLUDED };
     if (include.length > 0 && !matches(isIncluded)) return { path, reason: NOT_INCLUDED };
+    // The next run would follow a journal in it, which could name any path.
+    if (components.some((name) => STAGING_NAME.test(name))) return { path, reason: RESERVED };
     const isHidden = components.some((name) => name.startsWith(".") && name !== "..");
     if (include.length === 0 && isHidden) return { path, reason: HIDDEN };
     return components.length <= strip ? { path, reason: TOO_SHORT } : { path: components.slice(strip).join("/") };
@@ -4128,13 +4135,17 @@ class TreeBuilder {
   readonly #skipped: Extracted["skipped"] = [];
   /** Paths in the tree by their paths in the archives, for hard links and whiteouts. */
   readonly #bySource = new Map<string, string>();
+  /** Paths by the directory that they are in. */
+  readonly #children = new Map<string, Set<string>>();
+  /** Removals that this layer has asked for, because doing one again takes long and changes nothing. */
+  readonly #removals = new Set<string>();
   /** Paths that members of lower layers had in their archives, and the directories above them. */
   readonly #lowerSources = new Set<string>();
   #layer = 0;
   #isImageLayer = false;
 
   /** `root` is an empty directory; without it, the tree is only a list. */
-  constructor(private readonly report: Report, private readonly root?: string) {
+  constructor(private readonly settings: Pick<Settings, "report" | "signal">, private readonly root?: string) {
     // The root was created with all permissions, so what it lacks is the umask.
     this.#umask = root === undefined ? 0 : 0o777 & ~(Deno.statSync(root).mode ?? 0o777);
   }
@@ -4146,6 +4157,7 @@ class TreeBuilder {
   /** Adds an archive, which may replace entries of earlier ones. */
   async extract(plan: ArchivePlan, bytes: Bytes): Promise<void> {
     this.#layer++;
+    this.#removals.clear();
     this.#isImageLayer = plan.descriptor !== undefined && plan.directory === undefined;
     for (const { source } of this.#entries.values()) {
       for (let path = source; path !== "." && !this.#lowerSources.has(path); path = posix.dirname(path)) {
@@ -4156,6 +4168,7 @@ class TreeBuilder {
     for await (const member of archiveMembers(bytes, plan)) {
       await this.#add(member);
       await turns.give();
+      this.settings.signal.throwIfAborted(); // a few bytes may inflate to very many members
     }
   }
 
@@ -4171,6 +4184,7 @@ class TreeBuilder {
     for (const [path, { target }] of this.#entries) {
       if (target === undefined) continue;
       await turns.give();
+      this.settings.signal.throwIfAborted();
       assertInside(path, this.#entries);
       this.#change("create", path, (full) => Deno.symlinkSync(target, full));
     }
@@ -4207,7 +4221,10 @@ class TreeBuilder {
   #set(path: string, entry: Omit<TreeEntry, "layer">): void {
     this.#entries.set(path, { ...entry, layer: this.#layer });
     this.#bySource.set(entry.source, path);
-    this.report({ type: "extracted", members: this.size });
+    const parent = posix.dirname(path);
+    const children = this.#children.get(parent) ?? new Set();
+    this.#children.set(parent, children.add(path));
+    this.settings.report({ type: "extracted", members: this.size });
   }
 
   #addHardLink({ path, source, target }: Extract<ArchiveMember, { kind: "hard link" }>): void {
@@ -4238,12 +4255,25 @@ class TreeBuilder {
       if (layer < this.#layer) this.#drop(removed);
       return;
     }
-    const isRemoved = ({ source, layer }: TreeEntry) =>
+    const removal = `${target}${isOpaque ? "/" : ""}`;
+    if (this.#removals.has(removal)) return;
+    this.#removals.add(removal);
+    const isRemoved = ({ source = "", layer = Infinity }: Partial<TreeEntry> = {}) =>
       layer < this.#layer && (!isOpaque && source === target || target === "" || source.startsWith(`${target}/`));
     const used = new Set<string>();
-    for (const [path, entry] of [...this.#entries].reverse()) {
-      if (isRemoved(entry) && !used.has(path)) this.#drop(path);
+    // Without its first components, a directory may be in several places.
+    const paths = removed === "" ? [...this.#entries.keys()].reverse() : [...this.#below(removed), removed];
+    for (const path of paths) {
+      if (isRemoved(this.#entries.get(path)) && !used.has(path)) this.#drop(path);
       else used.add(posix.dirname(path));
+    }
+  }
+
+  /** Yields the paths below a directory, children before parents. */
+  *#below(directory: string): Generator<string> {
+    for (const path of [...this.#children.get(directory) ?? []]) {
+      yield* this.#below(path);
+      yield path;
     }
   }
 
@@ -4282,7 +4312,7 @@ class TreeBuilder {
     const entry = this.#entries.get(path);
     if (entry?.kind === "directory") {
       if (entry.layer === this.#layer) throw damageError(path, "it is not a directory, but it was one before");
-      for (const other of [...this.#entries.keys()].reverse()) if (other.startsWith(`${path}/`)) this.#drop(other);
+      for (const other of this.#below(path)) this.#drop(other);
     }
     if (entry !== undefined) this.#drop(path);
   }
@@ -4291,6 +4321,7 @@ class TreeBuilder {
     const { source = "", kind } = this.#entries.get(path) ?? {};
     if (kind !== "symbolic link") this.#change("replace", path, (full) => Deno.removeSync(full));
     this.#entries.delete(path);
+    this.#children.get(posix.dirname(path))?.delete(path);
     if (this.#bySource.get(source) === path) this.#bySource.delete(source);
   }
 
@@ -4304,6 +4335,7 @@ class TreeBuilder {
     using file = onDisk("create", path, () => Deno.openSync(full, { write: true, createNew: true, mode }));
     let size = 0;
     for await (const bytes of body) {
+      this.settings.signal.throwIfAborted();
       onDisk("write", path, () => writeAll(file, bytes));
       size += bytes.length;
     }
@@ -4319,23 +4351,26 @@ class TreeBuilder {
 /** Walks a link's target as the kernel would, through the tree's other links, and refuses to leave the tree. */
 function assertInside(path: string, entries: Extracted["entries"]): void {
   const { target = "" } = entries.get(path) ?? {};
-  const place = path.split("/").slice(0, -1);
+  const parentOf = (child: string) => child.slice(0, Math.max(0, child.lastIndexOf("/")));
+  let place = parentOf(path); // as text, because joining components for each look-up would take seconds
   const todo = [target];
   for (let links = 1; todo.length > 0;) {
     const text = todo.pop() ?? "";
     if (text.startsWith("/")) throw unsafeError(path, `it is a symbolic link to the absolute path ${quote(text)}`);
-    const [component = "", ...rest] = text.split("/");
-    if (rest.length > 0) todo.push(rest.join("/").replace(/^\/+/, ""));
+    const [component = ""] = /^[^/]*/.exec(text) ?? [];
+    const rest = text.slice(component.length).replace(/^\/+/, "");
+    if (rest !== "") todo.push(rest);
     if (component === "" || component === ".") continue;
-    if (component !== "..") place.push(component);
-    else if (place.pop() === undefined) {
-      throw unsafeError(path, `it is a symbolic link to ${quote(target)}, which is outside`);
+    if (component === "..") {
+      if (place === "") throw unsafeError(path, `it is a symbolic link to ${quote(target)}, which is outside`);
+      place = parentOf(place);
+      continue;
     }
-    const next = component === ".." ? undefined : entries.get(place.join("/"))?.target;
-    if (next === undefined) continue;
-    if (++links > MAX_LINKS) throw unsafeError(path, "its symbolic links form a loop");
-    place.pop();
-    todo.push(next);
+    const entered = place === "" ? component : `${place}/${component}`;
+    const next = entries.get(entered)?.target;
+    if (next === undefined) place = entered;
+    else if (++links > MAX_LINKS) throw unsafeError(path, "its symbolic links form a loop");
+    else todo.push(next);
   }
 }
 
@@ -4358,8 +4393,12 @@ class WorkerTreeBuilder {
   readonly #calls: PromiseWithResolvers<FromWorker>[] = [];
   readonly #failed = new AbortController();
   readonly #ended = Promise.withResolvers<void>();
+  readonly #report: Report;
+  readonly #signal: AbortSignal;
 
-  constructor(private readonly report: Report, private readonly root: string, url: string) {
+  constructor({ report, signal }: Settings, private readonly root: string, url: string) {
+    this.#report = report;
+    this.#signal = AbortSignal.any([signal, this.#failed.signal]);
     this.#worker = new Worker(url, { type: "module", name: WORKER_NAME });
     this.#worker.onmessage = ({ data }: MessageEvent<FromWorker>) => this.#receive(data);
     this.#worker.onerror = (event) => {
@@ -4371,7 +4410,7 @@ class WorkerTreeBuilder {
 
   async extract(plan: ArchivePlan, bytes: Bytes): Promise<void> {
     const reader = new ByteReader(
-      interruptible(bytes, this.#failed.signal),
+      interruptible(bytes, this.#signal),
       () => integrityError("the layer ends early"),
     );
     try {
@@ -4388,7 +4427,7 @@ class WorkerTreeBuilder {
     const pending: { size: number; answer: Promise<unknown> }[] = [];
     let pendingBytes = 0;
     for await (const chunk of bytes) {
-      this.#failed.signal.throwIfAborted();
+      this.#signal.throwIfAborted();
       // The buffer of a small part of it is not worth sending, and one that is shared cannot be handed over.
       const isOwn = chunk.buffer instanceof ArrayBuffer && chunk.byteLength > chunk.buffer.byteLength / 2;
       const own = (isOwn ? chunk : new Uint8Array(chunk)) as Uint8Array<ArrayBuffer>;
@@ -4420,7 +4459,7 @@ class WorkerTreeBuilder {
     const call = Promise.withResolvers<FromWorker>();
     this.#calls.push(call);
     this.#worker.postMessage(message, transfer);
-    const answer = untilAborted(call.promise, this.#failed.signal);
+    const answer = untilAborted(call.promise, this.#signal);
     answer.catch(() => {}); // of several calls that fail, only one is awaited
     return answer;
   }
@@ -4430,7 +4469,7 @@ class WorkerTreeBuilder {
       const { kind, message: text, hint } = message.error;
       this.#failed.abort(new FetchWheelsError(kind, text, { hint: hint ?? undefined }));
     } else this.#calls.shift()?.resolve(message);
-    if ("members" in message) this.report({ type: "extracted", members: message.members });
+    if ("members" in message) this.#report({ type: "extracted", members: message.members });
     else this.#ended.resolve();
   }
 }
@@ -4438,15 +4477,20 @@ class WorkerTreeBuilder {
 /** The worker's side. */
 async function serveExtraction(): Promise<void> {
   const port = globalThis as unknown as Worker;
+  const stopped = new AbortController();
   const inbox = new ReadableStream<ToWorker>({
-    start: (controller) => void (port.onmessage = ({ data }) => controller.enqueue(data)),
+    start: (controller) =>
+      void (port.onmessage = ({ data }) => {
+        if (data === "stop") stopped.abort(new FetchWheelsError("internal", "Cannot extract: stopped"));
+        controller.enqueue(data);
+      }),
   }).getReader();
   const post = (answer: FromWorker) => port.postMessage(answer);
   let builder: TreeBuilder | undefined;
 
   async function take(): Promise<Exclude<ToWorker, "stop">> {
     const { value = "stop" } = await inbox.read();
-    if (value === "stop") throw new FetchWheelsError("internal", "Cannot extract: stopped");
+    if (value === "stop") throw stopped.signal.reason;
     return value;
   }
 
@@ -4460,7 +4504,7 @@ async function serveExtraction(): Promise<void> {
 
   try {
     for (let message = await take(); typeof message === "object" && "plan" in message; message = await take()) {
-      builder ??= new TreeBuilder(() => {}, message.root);
+      builder ??= new TreeBuilder({ report: () => {}, signal: stopped.signal }, message.root);
       post({ members: builder.size });
       await builder.extract(message.plan, chunks());
       post({ members: builder.size });
@@ -4475,11 +4519,12 @@ async function serveExtraction(): Promise<void> {
 function dropPin(file: string, project: string): number {
   const normalize = (name = "") => name.toLowerCase().replace(/[-_.]+/g, "-"); // PEP 503
   return onDisk("write", file, () => {
-    const lines = fs.readFileSync(file, "utf8").split("\n");
-    const kept = lines.filter((line) => normalize(/^\s*([\w.-]+)\s*===/.exec(line)?.[1]) !== normalize(project));
+    const lines = fs.readFileSync(file, "latin1").split("\n"); // keeps each byte, in any encoding
+    const pin = /^(?:\xef\xbb\xbf)?\s*([\w.-]+)\s*===/; // perhaps after a byte order mark
+    const kept = lines.filter((line) => normalize(pin.exec(line)?.[1]) !== normalize(project));
     const { mode } = fs.statSync(file);
     fs.unlinkSync(file); // another name may be linked to the same file
-    fs.writeFileSync(file, kept.join("\n"), { mode });
+    fs.writeFileSync(file, kept.join("\n"), { mode, encoding: "latin1" });
     return fs.statSync(file).size;
   });
 }
@@ -4538,15 +4583,15 @@ type Delivery = { parts: Part[]; otherLayers: number; open: (part: Part) => Byte
 type Received = Pick<FetchResult, "files" | "skipped">;
 
 /** Where the bytes go. Disposing of it removes whatever was not published. */
-type Target = Disposable & { receive(delivery: Delivery): Promise<Received> };
+type Target = AsyncDisposable & { receive(delivery: Delivery): Promise<Received> };
 
-function openTarget(settings: Settings): Target {
-  const { output, dest, clean, env, report, signal } = settings;
+async function openTarget(settings: Settings): Promise<Target> {
+  const { output, dest, clean, env, signal } = settings;
   if (clean && output === undefined) assertCleanable(dest, env("HOME"));
   if (settings.dryRun) return toTarget((delivery) => previewOnly(delivery, settings));
   if (settings.list) return toTarget((delivery) => listMembers(delivery, settings));
   if (output === undefined) {
-    const staging = new StagingDirectory(onDisk("use", dest, () => treePlaces(dest)), report);
+    const staging = await StagingDirectory.open(onDisk("use", dest, () => treePlaces(dest)), settings);
     return toTarget((delivery) => receiveTree(delivery, staging.path, settings), staging);
   }
   const stat = typeof output === "string" ? onDisk("use", output, () => statIfExists(output)) : undefined;
@@ -4556,12 +4601,12 @@ function openTarget(settings: Settings): Target {
   // A link stays a link, and its target is replaced.
   const path = stat === undefined ? output : onDisk("use", output, () => fs.realpathSync(output));
   onDisk("write", path, () => fs.statSync(dirname(path))); // which is not created
-  const staging = new StagingDirectory([[dirname(path), basename(path)]], report);
+  const staging = await StagingDirectory.open([[dirname(path), basename(path)]], settings);
   return toTarget((delivery) => receiveFile(delivery, path, join(staging.path, "new")), staging);
 }
 
 function toTarget(receive: Target["receive"], staging?: StagingDirectory): Target {
-  return { receive, [Symbol.dispose]: () => staging?.[Symbol.dispose]() };
+  return { receive, [Symbol.asyncDispose]: async () => await staging?.[Symbol.asyncDispose]() };
 }
 
 /** `--clean` must not remove more than a directory of wheels. */
@@ -4595,8 +4640,9 @@ function namesToClean(dest: string): string[] {
 }
 
 /** Builds the tree without a disk. An artifact's files are listed from its manifest, without a download. */
-async function listMembers({ parts, open }: Delivery, { filter, report }: Settings): Promise<Received> {
-  const builder = new TreeBuilder(report);
+async function listMembers({ parts, open }: Delivery, settings: Settings): Promise<Received> {
+  const { filter } = settings;
+  const builder = new TreeBuilder(settings);
   const titled: FileInfo[] = [];
   for (const part of parts) {
     const { path = part.directory || undefined, descriptor, size = 0 } = part;
@@ -4655,13 +4701,15 @@ function stagingName(name: string): string {
   return `${stagingPrefix(name)}${process.pid}-${crypto.randomUUID().slice(0, 8)}`;
 }
 
-/** Removes a file or a directory. Needs no file descriptor for an empty one, because all may be in use. */
-function removeTree(path: string): void {
+/** Removes a file or a directory; yields between. Needs no file descriptor for an empty one, as all may be in use. */
+function* removeTree(path: string): Generator<void> {
+  yield;
   const stat = lstatIfExists(path);
   if (stat === undefined) return;
   if (!stat.isDirectory()) return fs.unlinkSync(path);
   if (isDone(() => fs.rmdirSync(path))) return;
-  for (const name of fs.readdirSync(path)) removeTree(join(path, name));
+  // In reverse, so that a staging directory has its lock, which shows that it is dead, for as long as possible.
+  for (const name of fs.readdirSync(path).sort().reverse()) yield* removeTree(join(path, name));
   fs.rmdirSync(path);
 }
 
@@ -4673,43 +4721,53 @@ function lstatIfExists(path: string): fs.Stats | undefined {
 type StagingPlace = [directory: string, name: string];
 
 /** A hidden directory, locked while this run lives. Disposing of it removes it. */
-class StagingDirectory implements Disposable {
+class StagingDirectory implements AsyncDisposable {
   readonly path: string;
   #lock: Deno.FsFile | undefined;
   /** The first of the directories above it that had to be created. */
   #made: string | undefined;
 
-  /** Creates it in the first place, and removes from each place what dead runs left there. */
-  constructor(places: [StagingPlace, ...StagingPlace[]], private readonly report: Report) {
-    const [[directory, name]] = places;
+  private constructor([directory, name]: StagingPlace, private readonly report: Report) {
     this.path = join(directory, stagingName(name));
+  }
+
+  /** Creates it in the first place, and removes from each place what dead runs left there. */
+  static async open(
+    places: [StagingPlace, ...StagingPlace[]],
+    { report, signal }: Settings,
+  ): Promise<StagingDirectory> {
+    const staging = new StagingDirectory(places[0], report);
     try {
-      onDisk("create", this.path, () => {
-        this.#made = fs.mkdirSync(directory, { recursive: true });
-        Deno.mkdirSync(this.path);
-        // Another run would take this one for dead if the file were not locked from the start.
-        const file = join(this.path, LOCK_NAME);
-        this.#lock = Deno.openSync(`${file}.new`, { read: true, write: true, createNew: true });
-        tryLock(this.#lock);
-        fs.renameSync(`${file}.new`, file);
-      });
-      for (const place of places) this.#sweep(place);
+      onDisk("create", staging.path, () => staging.#create());
+      for (const place of places) await runInterruptibly(staging.#sweep(place), signal);
+      return staging;
     } catch (error) {
-      this[Symbol.dispose]();
+      await staging[Symbol.asyncDispose]();
       throw error;
     }
   }
 
-  [Symbol.dispose](): void {
+  #create(): void {
+    this.#made = fs.mkdirSync(dirname(this.path), { recursive: true });
+    Deno.mkdirSync(this.path);
+    // Another run would take this one for dead if the file were not locked from the start.
+    const file = join(this.path, LOCK_NAME);
+    this.#lock = Deno.openSync(`${file}.new`, { read: true, write: true, createNew: true });
+    tryLock(this.#lock);
+    fs.renameSync(`${file}.new`, file);
+  }
+
+  async [Symbol.asyncDispose](): Promise<void> {
     this.#lock?.close();
     try {
       // A journal that is still there names files that could not be put back: the next run tries again.
-      if (!lstatIfExists(join(this.path, JOURNAL_NAME))) removeTree(this.path);
+      if (!lstatIfExists(join(this.path, JOURNAL_NAME))) await runInterruptibly(removeTree(this.path));
       const made = this.#made ?? this.path;
       for (let path = dirname(this.path); path.startsWith(made); path = dirname(path)) {
         if (!isDone(() => fs.rmdirSync(path))) return;
       }
     } catch (error) {
+      if (errorCode(error) === "ENOENT") return; // another run has removed it as well
       // A leftover does not matter: the next run removes it.
       const { message } = toDiskError(error, `Cannot remove ${quote(this.path)}`) as Error;
       this.report({ type: "warning", message });
@@ -4717,26 +4775,28 @@ class StagingDirectory implements Disposable {
   }
 
   /** Removes what dead runs left behind, which their locks show, and first undoes what they had begun to publish. */
-  #sweep([directory, name]: StagingPlace): void {
+  *#sweep([directory, name]: StagingPlace): Generator<void> {
     const owner = fs.statSync(this.path).uid;
     const prefix = stagingPrefix(name);
     for (const found of onDisk("clean up", directory, () => namesIn(directory))) {
       if (!found.startsWith(prefix) || !/^\d+-[0-9a-f]{8}$/.test(found.slice(prefix.length))) continue;
       const path = join(directory, found);
-      onDisk("clean up", path, () => {
+      try {
         const stat = lstatIfExists(path);
         // The journal of another user must not make this run write anywhere.
-        if (stat?.uid !== owner) return;
+        if (stat?.uid !== owner) continue;
         const [lockFile, journalFile] = [join(path, LOCK_NAME), join(path, JOURNAL_NAME)];
         using lock = fs.existsSync(lockFile) ? Deno.openSync(lockFile, { read: true, write: true }) : null;
         const isDead = lock === null ? Date.now() - stat.mtimeMs > YOUNG_MS : tryLock(lock);
-        if (!isDead) return;
+        if (!isDead) continue;
         const journal = fs.existsSync(journalFile) ? parseJson(fs.readFileSync(journalFile)) : undefined;
         // DEST may have been moved or mounted elsewhere since.
-        const undone = journal === undefined ? [] : undo(path, { dest: join(directory, name), steps: journal.steps });
-        for (const _ of undone);
-        removeTree(path);
-      });
+        if (journal !== undefined) yield* undo(path, { dest: join(directory, name), steps: journal.steps });
+        yield* removeTree(path);
+      } catch (error) {
+        if (errorCode(error) === "ENOENT") continue; // the run that it belongs to has removed it just now
+        throw toDiskError(error, `Cannot clean up ${quote(path)}`);
+      }
     }
   }
 }
@@ -4754,10 +4814,8 @@ function treePlaces(dest: string): [StagingPlace, StagingPlace] {
 
 async function receiveTree(delivery: Delivery, root: string, settings: Settings): Promise<Received> {
   const tree = join(root, "new");
-  onDisk("create", tree, () => {
-    removeTree(tree); // what an earlier attempt left
-    Deno.mkdirSync(tree);
-  });
+  await runInterruptibly(removeTree(tree), settings.signal); // what an earlier attempt left
+  onDisk("create", tree, () => Deno.mkdirSync(tree));
   const extracted = await extractParts(delivery, tree, settings);
   const constraints = extracted.entries.get(CONSTRAINTS);
   if (settings.unpin !== undefined && constraints?.kind === "file") {
@@ -4773,12 +4831,12 @@ async function receiveTree(delivery: Delivery, root: string, settings: Settings)
 
 /** Applies each part to one tree. Further parts are downloaded meanwhile: the next layer, or several files of an artifact. */
 async function extractParts({ parts, open }: Delivery, tree: string, settings: Settings): Promise<Extracted> {
-  const { filter, workerUrl, connections, report } = settings;
+  const { filter, workerUrl, connections } = settings;
   const hasFiles = parts.some(({ path }) => path !== undefined);
   const isLarge = parts.reduce((sum, { size = 0 }) => sum + size, 0) >= WORKER_BYTES;
-  const local = new TreeBuilder(report, tree);
+  const local = new TreeBuilder(settings, tree);
   const isThreaded = workerUrl !== undefined && isLarge && !hasFiles;
-  const worker = isThreaded ? new WorkerTreeBuilder(report, tree, workerUrl) : undefined;
+  const worker = isThreaded ? new WorkerTreeBuilder(settings, tree, workerUrl) : undefined;
   const builder = worker ?? local;
   const parallel = hasFiles ? connections : 2;
   const streams = new Map<Part, ReadableStream<Uint8Array>>();

@@ -125,7 +125,7 @@ import {
 } from "./testing/registry.ts";
 import { createHash, generateKeyPairSync, type KeyObject, randomBytes } from "node:crypto";
 import { lookup } from "node:dns/promises";
-import { dirname, join } from "node:path";
+import { basename, dirname, join } from "node:path";
 import { setImmediate as nextTask } from "node:timers/promises";
 import { fileURLToPath } from "node:url";
 import { contents, Scratch, snapshot } from "./testing/scratch.ts";
@@ -4640,13 +4640,47 @@ Deno.test(`layers are applied base first, with whiteouts${hasUmoci ? ", as umoci
 Deno.test("thousands of members that replace each other take no longer than others", async () => {
   const layer = Array.from({ length: 5000 }, (_, at) => `w/${at}`).join(" ");
   const whiteouts = Array.from({ length: 5000 }, (_, at) => `w/.wh.${at}`).join(" ");
-  for (const layers of [[layer, layer, ".wh.w"], [layer, whiteouts], [`${layer} ${whiteouts}`, ".wh.w"]]) {
+  const names = (form: (at: number) => string) => Array.from({ length: 15_000 }, (_, at) => form(at)).join(" ");
+  const directories = names((at) => `${at}/`);
+  const opaque = `${layer} ${"w/.wh..wh..opq ".repeat(8000).trim()}`;
+  const table: [layers: string[], count: number][] = [
+    [[layer, layer, ".wh.w"], 0],
+    [[layer, whiteouts], 0],
+    [[`${layer} ${whiteouts}`, ".wh.w"], 0],
+    [[directories, names((at) => `.wh.${at}`)], 0],
+    [[directories, names((at) => `${at}`)], 15_000],
+    [[layer, opaque], 5000],
+  ];
+  for (const [layers, count] of table) {
     await using registry = serveLayers(layers);
     const started = performance.now();
     const { files } = await extractAll(registry, { list: true });
-    assert.deepEqual(files, []);
+    assert.equal(files.length, count);
     assert(performance.now() - started < 2000, `${performance.now() - started} ms`);
   }
+});
+
+Deno.test("long links and titles take no longer than others", async (t) => {
+  const deep = "a/".repeat(250);
+  const links = Array.from({ length: 39 }, (_, at) => {
+    return [pax({ path: `${deep}${at}`, linkpath: `${"../a/".repeat(800)}${at + 1}` }), head("l", "2")];
+  });
+  const files = Array.from({ length: 3000 }, (_, at) => head(`${at % 5}`, "0"));
+  const table: [name: string, tar: Bytes, count: number][] = [
+    ["a chain of symbolic links", tarOf(...links, pax({ path: `${deep}39` }), regular("x")), 40],
+    ["a global link name", tarOf(meta("g", paxRecords({ linkpath: "y".repeat(MIB - 100) })), ...files), 5],
+  ];
+  await eachRow(t, table, async ([, tar, count]) => {
+    using scratch = new Scratch();
+    const started = performance.now();
+    const { files } = await fetchWheels(scratch.at("layer.tar", tar), { list: true });
+    assert.equal(files.length, count);
+    assert(performance.now() - started < 2000, `${performance.now() - started} ms`);
+  });
+  await t.step("a title", async () => {
+    await using registry = serveArtifact({ layers: [{ title: `${"a/".repeat(50_000)}b`, data: "" }] });
+    await assertFails(() => extract(registry, ONLY_WHEELS), "integrity", /255 components/);
+  });
 });
 
 Deno.test("whiteouts are applied before --include and --strip-components", async () => {
@@ -4926,6 +4960,36 @@ Deno.test("an abort stops a download, with its own reason, and leaves nothing", 
     await assert.rejects(fetching, (error) => error === reason);
     assert.deepEqual(snapshot(scratch.path), {});
   }
+});
+
+Deno.test("an abort ends the extraction of what has arrived already, and leaves nothing", async (t) => {
+  using scratch = new Scratch();
+  const members = Array.from({ length: 3000 }, (_, at) => file(`${at}.whl`, ""));
+  const source = scratch.at("layer.tar.gz", gzip(tarOf(...members)));
+  await eachRow(t, ["dest", "list"], async (mode) => {
+    const controller = new AbortController();
+    let count = 0;
+    const onProgress = ({ type }: ProgressEvent) => {
+      if (type === "extracted") count++;
+      if (count === 10) controller.abort(new Error("enough"));
+    };
+    const options = { signal: controller.signal, onProgress, list: mode === "list" };
+    await assert.rejects(fetchWheels(source, { dest: scratch.at("dest"), ...options }), /enough/);
+    assert.equal(count, 10);
+    assert.deepEqual(Object.keys(snapshot(scratch.path)), ["layer.tar.gz"]);
+  });
+});
+
+Deno.test("a staging directory loses its lock last, so that the next run can remove the rest", async () => {
+  using scratch = new Scratch();
+  const removed: string[] = [];
+  using _stub = stub(Deno, "removeSync", (remove) => (path) => {
+    removed.push(basename(String(path)));
+    remove(path);
+  });
+  const source = scratch.at("layer.tar", rawMembers(...flatParts(regular("z.whl"))));
+  await assertFails(fetchWheels(source, { dest: scratch.at("dest") }), "integrity");
+  assert.deepEqual(removed, ["z.whl", "lock"]);
 });
 
 Deno.test("the staging directory of a live run is kept, and that of a dead one removed", async () => {
@@ -6134,6 +6198,14 @@ Deno.test("--unpin drops a project's pin under any spelling of its name, and not
     const { files }: FetchResult = JSON.parse(stdout);
     assert.equal(files.find(({ path }) => path === "upper-constraints.txt")?.size, kept.length);
   });
+});
+
+Deno.test("--unpin keeps the bytes of other lines, in any encoding, and a byte order mark does not hide a pin", async () => {
+  using scratch = new Scratch();
+  const pins = concat("\ufeffx===1\n# ", new Uint8Array([0x6b, 0xe4]), "\ny===1\n");
+  const source = scratch.at("layer.tar", tarOf(regular("upper-constraints.txt", pins)));
+  await fetchWheels(source, { dest: scratch.at("dest"), unpin: "x" });
+  assert.deepEqual(Deno.readFileSync(scratch.at("dest/upper-constraints.txt")), pins.slice("\ufeffx===1\n".length + 2));
 });
 
 Deno.test("a file that --unpin changes has no digest", async () => {

@@ -202,6 +202,10 @@ export const ACCEPTED: Accepted[] = [
   // Members that are not selected
   ["sparse files that are not selected", { "s.img": null, "GNUSparseFile.0/s.img": null, "b.whl": "x" },
     [oldSparse("s.img"), sparse("1.0", "s.img"), regular("b.whl")], { include: ["*.whl"] }],
+  ["names of staging directories, whose journals the next run would follow",
+    { ".fetch_wheels-1-0123abcd/journal": null, "x/.y.fetch_wheels-1-0123abcd/lock": null, ".fetch_wheels-2-0123abcd": null },
+    [regular(".fetch_wheels-1-0123abcd/journal"), regular("x/.y.fetch_wheels-1-0123abcd/lock"),
+      head(".fetch_wheels-2-0123abcd", "2", { linkname: "x" })], { include: ["**"] }],
   ["a name that is not UTF-8 and not selected", { ".cache": null, "b": "x" },
     [directory(".cache"), regular(latin1(".cache/\xff")), pax({ path: latin1(".cache/\xfe") }),
     regular("c"), regular("b")]],
