@@ -3564,7 +3564,8 @@ class ByteReader {
     while (this.#chunk.length === 0) {
       const { done, value } = await this.#source.next();
       if (done) return undefined;
-      this.#chunk = value;
+      // A view that is not a Buffer, whose subarray() is slow.
+      this.#chunk = new Uint8Array(value.buffer, value.byteOffset, value.byteLength);
     }
     return this.#take(limit);
   }
@@ -3835,7 +3836,8 @@ async function* tarMembers(bytes: Bytes, name: string, seek?: (bytes: number) =>
         await reader.skip(paddingAfter(size));
       } else {
         // PAX wins over GNU's long names, and both win over the header. An empty value stands for the header's.
-        const given = [...gnu, ...globals, ...pax].filter(([, value]) => value.length > 0);
+        const isPlain = gnu.size + globals.size + pax.size === 0;
+        const given = isPlain ? [] : [...gnu, ...globals, ...pax].filter(([, value]) => value.length > 0);
         const header = readTarHeader(block, flag, new Map(given));
         if (!(header.size >= 0)) throw fail(`the size of ${quote(header.name)} is invalid`);
         // GNU's old sparse files have further blocks of holes before the body, which the size does not include.
