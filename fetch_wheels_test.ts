@@ -102,6 +102,7 @@ import {
   UNKNOWN_HOST,
 } from "./testing/network.ts";
 import {
+  damageableCaches,
   isInstalled,
   type Outcome,
   PERMISSIONS,
@@ -5370,11 +5371,13 @@ Deno.test("running out of file descriptors is an error of its own, and leaves no
   await using registry = startRegistry();
   const reference = serveLayer(registry, gzip(layerOf("a.whl sub/b.whl")));
   using scratch = new Scratch();
+  using caches = new Scratch();
+  const env = damageableCaches(caches);
   const codes = new Set<number>();
   for (let limit = 12; limit < 60; limit++) {
     const through = ["bash", "-c", `ulimit -n ${limit} && exec "$@"`, "bash"];
     const args = ["--protocol", "http", "-d", scratch.at("new/dest"), reference];
-    const { code, stderr } = await spawnProgram(args, { through }).output();
+    const { code, stderr } = await spawnProgram(args, { through, env }).output();
     const text = new TextDecoder().decode(stderr);
     if (!text.includes("fetch_wheels: ") || text.includes("panicked")) continue; // Deno itself failed
     codes.add(code);

@@ -8,6 +8,7 @@ import assert from "node:assert/strict";
 import { fileURLToPath } from "node:url";
 import { type Io, main } from "../fetch_wheels.ts";
 import { concat, toBytes } from "./images.ts";
+import type { Scratch } from "./scratch.ts";
 
 /** Path of the program. */
 export const PROGRAM: string = fileURLToPath(new URL("../fetch_wheels.ts", import.meta.url));
@@ -103,4 +104,15 @@ export function isInstalled(program: string): boolean {
   } catch {
     return false;
   }
+}
+
+/**
+ * Makes a directory for Deno's caches that may be damaged, and returns the variable that names it: a process that cannot
+ * open its caches breaks them for good. The packages are those of the real directory.
+ */
+export function damageableCaches(scratch: Scratch): Record<string, string> {
+  const { stdout } = new Deno.Command(Deno.execPath(), { args: ["info", "--json"] }).outputSync();
+  const { npmCache } = JSON.parse(new TextDecoder().decode(stdout));
+  Deno.symlinkSync(npmCache, scratch.at("npm"));
+  return { DENO_DIR: scratch.path };
 }
