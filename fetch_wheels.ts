@@ -562,7 +562,12 @@ function checkWholeNumber(name: string, value: number, [minimum, maximum]: [numb
 }
 
 function isGranted(descriptor: Deno.PermissionDescriptor): boolean {
-  return Deno.permissions.querySync(descriptor).state === "granted";
+  try {
+    return Deno.permissions.querySync(descriptor).state === "granted";
+  } catch (error) {
+    if (error instanceof TypeError) return false; // Deno rejects some host names, such as "a..b"
+    throw error;
+  }
 }
 
 /** Throws what Deno throws without a terminal. On one, it would prompt, and no signal would be handled meanwhile. */

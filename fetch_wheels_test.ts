@@ -6058,6 +6058,8 @@ Deno.test("missing permissions are named together, with the complete command", a
     const env = { HTTPS_PROXY: "http://127.0.0.1:9" };
     const { stderr } = await runProgram(["https://files.example/x.tar"], { env }, ["--no-prompt", ...granted]);
     assert.match(stderr, /without a permission: Requires net access to "127\.0\.0\.1:9"\n.*hint: .*--allow-net\n$/);
+    const odd = await runProgram(["https://a..b/x.tar"], {}, ["--no-prompt", ...granted]);
+    assert.match(odd.stderr, /missing Deno permissions: --allow-net$/m);
   });
   await t.step({
     name: "on a terminal, nothing is asked",
