@@ -565,7 +565,7 @@ function isGranted(descriptor: Deno.PermissionDescriptor): boolean {
   try {
     return Deno.permissions.querySync(descriptor).state === "granted";
   } catch (error) {
-    if (error instanceof TypeError) return false; // Deno rejects some host names, such as "a..b"
+    if (error instanceof URIError) return false; // Deno rejects some host names, such as "a..b"
     throw error;
   }
 }
