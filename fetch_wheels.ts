@@ -738,10 +738,15 @@ async function untilAborted<T>(promise: Promise<T>, signal: AbortSignal): Promis
 class Turns {
   #resumed = performance.now();
 
+  constructor(private readonly signal?: AbortSignal) {}
+
+  /** Throws if the signal has aborted. */
   async give(): Promise<void> {
-    if (performance.now() - this.#resumed < MAX_BLOCKING_MS) return;
-    await nextTask();
-    this.#resumed = performance.now();
+    if (performance.now() - this.#resumed >= MAX_BLOCKING_MS) {
+      await nextTask();
+      this.#resumed = performance.now();
+    }
+    this.signal?.throwIfAborted();
   }
 }
 
@@ -4171,11 +4176,10 @@ class TreeBuilder {
         this.#lowerSources.add(path);
       }
     }
-    const turns = new Turns();
+    const turns = new Turns(this.settings.signal); // because a few bytes may inflate to very many members
     for await (const member of archiveMembers(bytes, plan)) {
       await this.#add(member);
       await turns.give();
-      this.settings.signal.throwIfAborted(); // a few bytes may inflate to very many members
     }
   }
 
@@ -4187,11 +4191,10 @@ class TreeBuilder {
 
   /** Creates the symbolic links last, so that nothing is ever written through one. */
   async finish(): Promise<Extracted> {
-    const turns = new Turns();
+    const turns = new Turns(this.settings.signal);
     for (const [path, { target }] of this.#entries) {
       if (target === undefined) continue;
       await turns.give();
-      this.settings.signal.throwIfAborted();
       assertInside(path, this.#entries);
       this.#change("create", path, (full) => Deno.symlinkSync(target, full));
     }
@@ -4929,11 +4932,8 @@ async function publish(root: string, entries: Extracted["entries"], settings: Se
 
 /** Runs disk operations that may take long, and lets other tasks run between them. */
 async function runInterruptibly(operations: Iterable<void>, signal?: AbortSignal): Promise<void> {
-  const turns = new Turns();
-  for (const _ of operations) {
-    await turns.give();
-    signal?.throwIfAborted();
-  }
+  const turns = new Turns(signal);
+  for (const _ of operations) await turns.give();
 }
 
 /** Directories come first, wheels next, text files last: readers of the constraints rely on the wheels. */
