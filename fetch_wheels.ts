@@ -2365,6 +2365,7 @@ class BlobDownload {
       },
     };
     while (span.at < span.to) {
+      const from = span.at;
       try {
         const { response, start } = await this.#open(span);
         span.to = Math.min(span.to, this.#size);
@@ -2384,7 +2385,10 @@ class BlobDownload {
           if (span.at >= span.to && span.to < this.#size) break;
         }
         if (span.to === Infinity) return;
-        if (span.at < span.to) throw this.#error(`the answer ended after ${span.at} of ${this.#size} bytes`);
+        const isLimited = span.at - from >= READ_BYTES; // some servers limit the size of a range
+        if (span.at < span.to && !isLimited) {
+          throw this.#error(`the answer ended after ${span.at} of ${this.#size} bytes`);
+        }
       } catch (error) {
         if (!this.#isRefusedAhead(span, error)) await budget.spend(error);
         else {

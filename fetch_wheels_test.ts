@@ -2134,6 +2134,18 @@ Deno.test("a download falls back to one connection if the server has no ranges",
   });
 });
 
+Deno.test("a server that limits the size of a range is asked for the rest, without retries", async () => {
+  await using registry = startRegistry({ faults: faultsAt("/blobs/", [{ kind: "dieAt", byte: 1 << 20 }], 1) });
+  const limited: typeof fetch = (input, init) => {
+    const request = new Request(input, init);
+    const [, from] = /^bytes=(\d+)-/.exec(request.headers.get("range") ?? "") ?? [];
+    if (from !== undefined) request.headers.set("range", `bytes=${from}-${Number(from) + (1 << 20) - 1}`);
+    return fetch(request);
+  };
+  await pullsLarge(registry, { fetch: limited, retries: 1, delay: () => Promise.resolve() });
+  assert(askedRanges(registry).length > 40);
+});
+
 Deno.test("a range that fails is resumed, and the others go on", async (t) => {
   const at = 1 << 20;
   // deno-fmt-ignore
