@@ -1894,6 +1894,17 @@ Deno.test("a redirect to another registry that challenges gets an anonymous toke
   });
 });
 
+Deno.test("the retries of a token request are not multiplied by those of the blob", async () => {
+  const onRequest = (request: Request, { path }: RequestContext) => {
+    if (path === "/token") return new Response(null, { status: 503 });
+    const challenge = { "www-authenticate": `Bearer realm="${new URL("/token", request.url)}"` };
+    return path.includes(LAYER_PATH) ? new Response(null, { status: 401, headers: challenge }) : undefined;
+  };
+  await using registry = serveImage({ onRequest });
+  await assertFails(pull(registry, { retries: 5 }), "network", /503/);
+  assert.equal(paths(registry, "/token").length, 6);
+});
+
 Deno.test("challenges are not answered without end", async () => {
   let hosts = 0;
   const { fetch, requests } = fakeNetwork({});
