@@ -2435,8 +2435,8 @@ class BlobDownload {
     }
     const isIgnored = headers["if-range"] !== undefined && !isRange;
     if (isIgnored && this.options.isImmutable) this.#hasStableTags = false;
-    const isStrong = tag?.startsWith('"') ?? false;
-    this.#validator = isStrong && this.#hasStableTags ? tag ?? undefined : undefined;
+    if (!this.#hasStableTags) this.#validator = undefined;
+    else if (tag?.startsWith('"')) this.#validator = tag;
     if (isRange) {
       this.#maxConnections = Infinity;
       return { response, start: at };

@@ -2889,6 +2889,19 @@ Deno.test("a URL is resumed only with a strong validator that still holds", asyn
     assertSame((await pull(source)).tarball, NOISE);
     assert.deepEqual(asked, [null, etag]);
   });
+  await t.step("a range without a validator that breaks off, and another", async () => {
+    const asked: (string | null)[] = [];
+    await using server = serve(({ headers }) => {
+      asked.push(headers.get("if-range"));
+      const [first] = asked.length === 1 ? [0] : limits(headers.get("range") ?? "");
+      if (asked.length === 3) return rest(first);
+      const range = asked.length === 1 ? { etag: '"a"' } : contentRange(first, size - 1);
+      return part(first, first + 60_000, { "content-length": `${size - first}`, ...range });
+    });
+    const { tarball } = await pull(`http://127.0.0.1:${server.addr.port}/wheels.tar`);
+    assertSame(tarball, NOISE);
+    assert.deepEqual(asked, [null, '"a"', '"a"']);
+  });
 });
 
 Deno.test("an invalid URL is a usage error that prints no secret", async (t) => {
