@@ -21,7 +21,7 @@
  * Contents, in the order of the data:
  *
  *      fetchWheels()  the whole story on one page
- *  0   Helpers        errors, text that is safe to print, JSON, files
+ *  0   Helpers        errors, text that is safe to print, JSON, files, permissions
  *  1   Reference      text to {registry, repository, tag, digest}; platforms
  *  2   Credentials    where a user name and password, or an identity token, come from
  *  3   HTTP           one request: proxy, TLS, timeout, retry, redirects
@@ -123,6 +123,7 @@ const YOUNG_MS = 60_000; // a staging directory as young as this may not have it
 const CONSTRAINTS = "upper-constraints.txt";
 
 const MAX_BLOCKING_MS = 50; // for which one task may run before signals and messages are handled
+const STDOUT_NAMES = ["-", "/dev/stdout"]; // as an output
 const SHUTDOWN_MS = 1500; // for cleaning up after a signal; then the process ends
 const REDRAW_MS = 200;
 const RATE_MS = 5000; // over which the rate of the progress is measured
@@ -561,37 +562,6 @@ function checkWholeNumber(name: string, value: number, [minimum, maximum]: [numb
   throw usageError(`--${name} must be ${isNegative ? "0 or more" : `a whole number from ${minimum} to ${maximum}`}`);
 }
 
-function isGranted(descriptor: Deno.PermissionDescriptor): boolean {
-  try {
-    return Deno.permissions.querySync(descriptor).state === "granted";
-  } catch (error) {
-    if (error instanceof URIError) return false; // Deno rejects some host names, such as "a..b"
-    throw error;
-  }
-}
-
-/** Throws what Deno throws without a terminal. On one, it would prompt, and no signal would be handled meanwhile. */
-function assertGranted(descriptor: Deno.NetPermissionDescriptor | Deno.ReadPermissionDescriptor): void {
-  if (isGranted(descriptor)) return;
-  const { name } = descriptor;
-  const subject = name === "net" ? descriptor.host : descriptor.path;
-  throw new Deno.errors.NotCapable(`Requires ${name} access to "${subject}", run again with the --allow-${name} flag`);
-}
-
-/** Reports whether a file exists and Deno may read it. */
-function isReadable(path: string): boolean {
-  return isGranted({ name: "read", path }) && fs.existsSync(path);
-}
-
-/** Treats a variable that Deno may not read as not set. */
-function readEnvironment(name: string): string | undefined {
-  return isGranted({ name: "env", variable: name }) ? Deno.env.get(name) : undefined;
-}
-
-function hostAndPort({ hostname, port, protocol }: URL): string {
-  return `${hostname}:${port || ({ "http:": 80, "https:": 443 }[protocol] ?? 1080)}`; // or that of SOCKS
-}
-
 function parseMirror(text: string): URL {
   if (/^https?:\/\//i.test(text) && URL.canParse(text)) return new URL(text);
   const shown = withoutSecrets(text).replace(/^.*@/s, ""); // a password may come without a scheme
@@ -600,7 +570,7 @@ function parseMirror(text: string): URL {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 0 Helpers: errors, text that is safe to print, JSON, files.
+// 0 Helpers: errors, text that is safe to print, JSON, files, permissions.
 // ---------------------------------------------------------------------------------------------------------------------
 
 const usageError = errorsOfKind("usage");
@@ -635,7 +605,11 @@ function toPublicError(error: unknown, signal?: AbortSignal): unknown {
 
 /** Quotes untrusted text: escaped, shortened, and on one line. */
 function quote(text: string): string {
-  return oneLine(JSON.stringify(text.length > MAX_SHOWN ? `${text.slice(0, MAX_SHOWN)}…` : text));
+  return oneLine(JSON.stringify(shorten(text)));
+}
+
+function shorten(text: string): string {
+  return text.length > MAX_SHOWN ? `${text.slice(0, MAX_SHOWN)}…` : text;
 }
 
 /** Replaces the characters that move a cursor or begin a line. */
@@ -649,9 +623,7 @@ function oneLine(text: string): string {
 
 /** Returns a URL for people: without its query, which may be a signature, and without a password. */
 function displayUrl(url: URL): string {
-  const { protocol, host, pathname, search } = url;
-  const path = pathname.length > MAX_SHOWN ? `${pathname.slice(0, MAX_SHOWN)}…` : pathname;
-  return `${protocol}//${host}${path}${search === "" ? "" : "?…"}`;
+  return `${url.protocol}//${url.host}${shorten(url.pathname)}${url.search === "" ? "" : "?…"}`;
 }
 
 /** Removes user information and queries from all URLs in a text. */
@@ -708,7 +680,7 @@ function dropConversions(value: JsonObject | null, depth: number): void {
 
 /** Reads all bytes, or returns undefined if there are more than `limit`. */
 async function readAll(bytes: AsyncIterable<Uint8Array>, limit: number): Promise<Uint8Array | undefined> {
-  let kept = new Uint8Array(DENSE_BYTES); // one buffer, because chunks may be as small as one byte
+  let kept = new Uint8Array(); // one buffer, because chunks may be as small as one byte
   let size = 0;
   for await (const chunk of bytes) {
     const end = size + chunk.length;
@@ -869,6 +841,33 @@ async function readUserFile(path: string, signal: AbortSignal): Promise<Uint8Arr
   });
 }
 
+function isGranted(descriptor: Deno.PermissionDescriptor): boolean {
+  try {
+    return Deno.permissions.querySync(descriptor).state === "granted";
+  } catch (error) {
+    if (error instanceof URIError) return false; // Deno rejects some host names, such as "a..b"
+    throw error;
+  }
+}
+
+/** Throws what Deno throws without a terminal. On one, it would prompt, and no signal would be handled meanwhile. */
+function assertGranted(descriptor: Deno.NetPermissionDescriptor | Deno.ReadPermissionDescriptor): void {
+  if (isGranted(descriptor)) return;
+  const { name } = descriptor;
+  const subject = name === "net" ? descriptor.host : descriptor.path;
+  throw new Deno.errors.NotCapable(`Requires ${name} access to "${subject}", run again with the --allow-${name} flag`);
+}
+
+/** Reports whether a file exists and Deno may read it. */
+function isReadable(path: string): boolean {
+  return isGranted({ name: "read", path }) && fs.existsSync(path);
+}
+
+/** Treats a variable that Deno may not read as not set. */
+function readEnvironment(name: string): string | undefined {
+  return isGranted({ name: "env", variable: name }) ? Deno.env.get(name) : undefined;
+}
+
 function writeAll(file: Deno.FsFile, bytes: Uint8Array): void {
   for (let written = 0; written < bytes.length;) written += file.writeSync(bytes.subarray(written));
 }
@@ -877,8 +876,8 @@ function writeAll(file: Deno.FsFile, bytes: Uint8Array): void {
 // 1 Reference: text to {registry, repository, tag, digest}, by the grammar of the distribution project; platforms.
 // ---------------------------------------------------------------------------------------------------------------------
 
-const DIGEST = /^(?:sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128})$/;
 const MAX_REFERENCE = 1024; // characters; a host, a name, a tag and a digest together have fewer
+const DIGEST = /^(?:sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128})$/;
 const DIGEST_RULE = "the digest must be sha256: and 64, or sha512: and 128 lower-case hexadecimal digits";
 const TAG = /^[A-Za-z0-9_][A-Za-z0-9._-]{0,127}$/;
 const TAG_RULE = 'a tag has 1 to 128 letters, digits, "_", "." and "-", and does not begin with "." or "-"';
@@ -1521,6 +1520,10 @@ function retryAfter(value: string | null, now: number): number | undefined {
 function resolveHttpUrl(text: string, base: URL): URL | undefined {
   const url = URL.parse(text, base);
   return url !== null && /^https?:$/.test(url.protocol) ? withoutUser(url) : undefined;
+}
+
+function hostAndPort({ hostname, port, protocol }: URL): string {
+  return `${hostname}:${port || ({ "http:": 80, "https:": 443 }[protocol] ?? 1080)}`; // or that of SOCKS
 }
 
 /** Without user information, path and query. */
@@ -2481,16 +2484,16 @@ class BlobDownload {
   async #request(headers: Record<string, string>): Promise<HttpResponse> {
     const request = { headers, isVerified: this.options.isImmutable, signal: this.#signal };
     for (let location = this.#location; location !== undefined; location = this.#location) {
-      const forget = () => {
-        if (this.#location === location) this.#location = undefined; // else another span has got a new one
-      };
-      const response = await this.http.request([location], request).catch((error) => {
-        forget();
-        throw error;
-      });
-      if (response.isOk || response.status === 416) return response;
-      response.cancel();
-      forget();
+      let isUsable = false;
+      try {
+        const response = await this.http.request([location], request);
+        isUsable = response.isOk || response.status === 416;
+        if (isUsable) return response;
+        response.cancel();
+      } finally {
+        // Another span may have got a new one.
+        if (!isUsable && this.#location === location) this.#location = undefined;
+      }
     }
     const expected = headers.range === undefined ? [] : [400, 416];
     const response = await this.options.get({ ...request, expected });
@@ -2800,7 +2803,7 @@ function claimPartial(path: string): Deno.FsFile | undefined {
   // Its last owner may have published it between opening and locking: then this is the finished blob. A symbolic link
   // may lead anywhere, and is not followed.
   const { isFile, ino } = file.statSync();
-  if (isFile && tryLock(file) === true && fs.lstatSync(path, { throwIfNoEntry: false })?.ino === ino) return file;
+  if (isFile && tryLock(file) === true && lstatIfExists(path)?.ino === ino) return file;
   file.close();
   return undefined;
 }
@@ -4272,13 +4275,14 @@ class TreeBuilder {
     const removal = `${target}${isOpaque ? "/" : ""}`;
     if (this.#removals.has(removal)) return;
     this.#removals.add(removal);
-    const isRemoved = ({ source = "", layer = Infinity }: Partial<TreeEntry> = {}) =>
+    const isRemoved = ({ source, layer }: TreeEntry) =>
       layer < this.#layer && (!isOpaque && source === target || target === "" || source.startsWith(`${target}/`));
     const used = new Set<string>();
     // Without its first components, a directory may be in several places.
     const paths = removed === "" ? [...this.#entries.keys()].reverse() : [...this.#below(removed), removed];
     for (const path of paths) {
-      if (isRemoved(this.#entries.get(path)) && !used.has(path)) this.#drop(path);
+      const entry = this.#entries.get(path);
+      if (entry !== undefined && isRemoved(entry) && !used.has(path)) this.#drop(path);
       else used.add(posix.dirname(path));
     }
   }
@@ -5143,8 +5147,8 @@ export interface Io extends Pick<FetchWheelsOptions, "workerUrl" | "signal"> {
   stdin: ReadableStream<Uint8Array>;
   /** Receives data: help, version, the list, the JSON, the tarball. */
   stdout: WritableStream<Uint8Array>;
-  /** Receives everything else, in whole lines; lines of progress begin with a carriage return instead. May return when
-   * the text has been written. */
+  /** Receives everything else, in whole lines; lines of progress begin with a carriage return instead. A promise that it
+   * returns is awaited before the program ends. */
   stderr(text: string): void | Promise<void>;
   /** Returns the present width of the terminal that stderr is; undefined if it is not a terminal. */
   columns?(): number | undefined;
@@ -5202,7 +5206,7 @@ async function runCommandLine(args: string[], { io, output }: { io: Io; output: 
   const given = commandLine.source ?? (io.env("WHEELS") || undefined);
   checkPermissions(given, options, args);
   const source = given ?? await readWheelsFile(options.wheelsFile, io);
-  checkPermissions(source, options, args);
+  if (given === undefined) checkPermissions(source, options, args);
   const fetchOptions = await toFetchOptions(options, io);
   output.beginProgress(options);
   const result = await fetchWheels(source, { ...fetchOptions, onProgress: (event) => output.report(event) });
@@ -5491,12 +5495,12 @@ function readCommandLine(args: string[], io: Io): string | { source?: string; op
   if (words === "version" || command.getOptionValue("version")) return `fetch_wheels ${VERSION}\n`;
   for (const option of command.options) {
     const variable = /\(\$(\w+)\)$/.exec(option.description)?.[1];
-    const text = variable === undefined ? undefined : io.env(variable);
-    const isGiven = command.getOptionValueSource(option.attributeName()) === "cli";
-    const value = text && !isGiven ? parseVariable(option, text) : command.getOptionValue(option.attributeName());
-    const name = isGiven ? option.long : `$${variable}`;
-    if ([value].flat().includes("")) throw usageError(`Cannot use ${name}: its value is empty`);
-    if (text && !isGiven) command.setOptionValueWithSource(option.attributeName(), value, "env");
+    const name = option.attributeName();
+    const isGiven = command.getOptionValueSource(name) === "cli";
+    const text = isGiven || variable === undefined ? undefined : io.env(variable);
+    if (text) command.setOptionValueWithSource(name, parseVariable(option, text), "env");
+    const isEmpty = [command.getOptionValue(name)].flat().includes("");
+    if (isEmpty) throw usageError(`Cannot use ${isGiven ? option.long : `$${variable}`}: its value is empty`);
   }
   const options = command.opts<CommandOptions>();
   checkConflicts(command, options, io);
@@ -5521,7 +5525,7 @@ function checkConflicts(command: Command, options: CommandOptions, io: Io): void
   const isGiven = (name: string) => command.getOptionValueSource(name) === "cli";
   const { quiet, verbose, list, dryRun, json, username, passwordStdin, protocol = "" } = options;
   if (isGiven("dest") && !isGiven("output")) options.output = undefined;
-  const isStdout = options.output === "-" && !list && !dryRun;
+  const output = list || dryRun ? "" : options.output ?? ""; // a preview writes none
   const sources = command.args.length;
   const protocolName = isGiven("protocol") ? "--protocol" : "$REGISTRY_PROTOCOL";
   // deno-fmt-ignore -- a table: one rule, one line
@@ -5532,8 +5536,8 @@ function checkConflicts(command: Command, options: CommandOptions, io: Io): void
     [list && dryRun, "Cannot use --list with --dry-run: choose one"],
     [!/^(?:https?|detect)$/.test(protocol), `Cannot use ${protocolName} ${quote(protocol)}: expected http, https or detect`],
     [passwordStdin && !username, "Cannot use --password-stdin without --username", PASSWORD_HINT],
-    [json && (isStdout || options.output === "/dev/stdout" && !list && !dryRun), "Cannot use --json with --output -: both write to stdout"],
-    [isStdout && io.isStdoutTerminal, "Cannot write the tarball to stdout: it is a terminal", "redirect it, or force it with --output /dev/stdout"],
+    [json && STDOUT_NAMES.includes(output), "Cannot use --json with --output -: both write to stdout"],
+    [output === "-" && io.isStdoutTerminal, "Cannot write the tarball to stdout: it is a terminal", "redirect it, or force it with --output /dev/stdout"],
   ];
   for (const [isBroken, message, hint] of rules) {
     if (isBroken) throw usageError(message, { hint });
@@ -5549,7 +5553,7 @@ function checkSource(source: string): void {
 }
 
 async function toFetchOptions(options: CommandOptions, io: Io): Promise<FetchWheelsOptions> {
-  const isStdout = options.output === "-" || options.output === "/dev/stdout";
+  const isStdout = STDOUT_NAMES.includes(options.output ?? "");
   const password = options.passwordStdin ? await readPassword(io) : io.env("REGISTRY_PASSWORD") || undefined;
   return {
     ...options,
