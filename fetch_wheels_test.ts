@@ -79,7 +79,6 @@ import {
   paxRecords,
   rawHeader,
   rawMembers,
-  rawTar,
   sha256,
   sha512,
   symlink,
@@ -3478,16 +3477,17 @@ Deno.test("large documents of a registry do not block the program", async (t) =>
   const referrers = (text: string, headers?: HeadersInit): Partial<SignedFields> => {
     return { options: { onRequest: answerTo("/referrers/", () => new Response(text, { headers })) } };
   };
-  const cases: Record<string, Partial<SignedFields>> = {
-    "20,000 signatures in a bundle": { change: manySignatures },
-    "290,000 referrers": referrers(`{"manifests":[${'{"digest":""},'.repeat(290_000)}null]}`),
-    "a link to the next page that never ends": referrers('{"manifests":[]}', { link: "<".repeat(100_000) }),
-    "many links, none to the next page": referrers('{"manifests":[]}', { link: "<>;".repeat(30_000) }),
+  const list = (link: string) => referrers('{"manifests":[]}', { link });
+  const cases: Record<string, [fields: Partial<SignedFields>, words: RegExp]> = {
+    "20,000 signatures in a bundle": [{ change: manySignatures }, /not an image signature/],
+    "290,000 referrers": [referrers(`{"manifests":[${'{"digest":""},'.repeat(290_000)}null]}`), /no signature/],
+    "a link to the next page that never ends": [list("<".repeat(100_000)), /no signature/],
+    "many links, none to the next page": [list("<>;".repeat(30_000)), /no signature/],
   };
-  await steps(t, cases, async (fields) => {
+  await steps(t, cases, async ([fields, words]) => {
     await using registry = serveSigned({ format: "bundle", ...fields });
     const started = performance.now();
-    await assertUnsigned(registry);
+    await assertUnsigned(registry, words);
     assert(performance.now() - started < 3000, `${performance.now() - started} ms`);
   });
   await t.step("indexes that name the same index many times", async () => {
@@ -4062,18 +4062,6 @@ Deno.test("verifyKeys finds the right signature among others", async (t) => {
     registry.requests.length = 0;
     await assertUnsigned(registry, /key.*other\.pem/, { verifyKeys: [keyFile(keyOf("P-256", "other"), "other.pem")] });
     assert.equal(paths(registry, "referrers").length, 4, "three pages of the index, one of the image");
-  });
-  const odd: Record<string, [body: string, link?: string]> = {
-    "many referrers": [`{"manifests":[${'{"digest":""},'.repeat(250_000)}{}]}`],
-    "a Link header that is hard to parse": ["{}", "<".repeat(100_000)],
-  };
-  await steps(t, odd, async ([body, link]) => {
-    const init = { headers: link === undefined ? undefined : { link } };
-    const onRequest = answerTo("referrers", () => new Response(body, init));
-    await using registry = serveSigned({ format: "bundle", signatures: [], options: { onRequest } });
-    const started = performance.now();
-    await assertUnsigned(registry, /no signature/);
-    assert(performance.now() - started < 10_000, "searched for long");
   });
   await t.step("a second layer of simple signing", async () => {
     const [first, second] = [sign(theirs, {}, "simplesigning"), sign(ours, {}, "simplesigning")];
@@ -4664,7 +4652,7 @@ Deno.test(`layers are applied base first, with whiteouts${hasUmoci ? ", as umoci
   });
   await t.step("in a worker", async () => {
     const filler = new Uint8Array(25 << 20);
-    const base = rawTar(rawHeader({ name: "big", size: filler.length }), filler);
+    const base = tarOf(file("big", filler));
     const layers = [base, ...["w/a w/b", "w/.wh.a big=small", "w/c=>w/b"].map(layerOf)];
     await using registry = serveImage({}, makeImage({ layers }));
     const workerUrl = MODULE_URL;

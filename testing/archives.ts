@@ -10,12 +10,17 @@ import { constants, crc32, deflateRawSync, zstdCompressSync } from "node:zlib";
 import {
   type Bytes,
   concat,
+  directory,
+  file,
   fixChecksum,
+  flatParts,
+  hardlink,
   type Parts,
   paxRecords,
   rawHeader,
   type RawHeaderFields,
   rawTar,
+  symlink,
   type TarMember,
   toBytes,
 } from "./images.ts";
@@ -71,13 +76,13 @@ export function head(name: string | Uint8Array, typeflag: string, fields: Partia
   return rawHeader({ name, typeflag, ...fields });
 }
 
-/** A header and its body; the type is that of a regular file if `fields` has no other. */
+/** A file that contains "x", or `data`; `fields` may have another type. */
 export function regular(
   name: string | Uint8Array,
   data: string | Uint8Array = "x",
   fields: Partial<RawHeaderFields> = {},
 ): Parts {
-  return [head(name, "0", { size: toBytes(data).length, ...fields }), data];
+  return file(name, data, fields);
 }
 
 /** A header of this type with a body, such as an extension of the next header. */
@@ -146,10 +151,10 @@ export function treeOf(text: string): Record<string, string> {
 
 /** Builds an archive of these members. */
 export function layerOf(text: string): Bytes {
-  const parts = parseMembers(text).flatMap(({ name, data = "", type, linkname = "" }) => {
-    if (type !== undefined) return [rawHeader({ name, linkname, typeflag: type === "link" ? "1" : "2" })];
-    if (name.endsWith("/")) return [rawHeader({ name, typeflag: "5", mode: 0o755 })];
-    return [rawHeader({ name, size: data.length }), data];
+  const parts = parseMembers(text).map(({ name, data, type, linkname = "" }) => {
+    if (type === "link") return hardlink(name, linkname);
+    if (type === "symlink") return symlink(name, linkname);
+    return name.endsWith("/") ? directory(name) : file(name, data);
   });
-  return rawTar(...parts);
+  return rawTar(...flatParts(parts));
 }

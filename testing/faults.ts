@@ -9,7 +9,7 @@ import assert from "node:assert/strict";
 import { randomBytes } from "node:crypto";
 import { fetchWheels, FetchWheelsError, type FetchWheelsOptions } from "../fetch_wheels.ts";
 import { Random } from "./fuzz.ts";
-import { type Bytes, gzip, makeSchema1, rawHeader, rawTar, sha256 } from "./images.ts";
+import { type Bytes, file, gzip, makeSchema1, sha256, tarOf } from "./images.ts";
 import { simulateLink } from "./network.ts";
 import { type Fault, type RegistryOptions, type RequestContext, serveLayer, startRegistry } from "./registry.ts";
 import { Scratch, snapshot } from "./scratch.ts";
@@ -35,7 +35,7 @@ export function largeLayer(): Layer {
 }
 
 function makeLayer(wheel: Uint8Array, compress = (bytes: Bytes) => bytes): Layer {
-  const bytes = compress(rawTar(rawHeader({ name: "big.whl", size: wheel.length }), wheel));
+  const bytes = compress(tarOf(file("big.whl", wheel)));
   return { bytes, digest: sha256(bytes), wheel: sha256(wheel) };
 }
 

@@ -34,10 +34,10 @@ import {
   type RawHeaderFields,
   rawMembers,
   rawTar,
-  sha256,
   toBytes,
   zstd,
 } from "./images.ts";
+import { snapshot } from "./scratch.ts";
 
 /** Limits of a run. */
 export interface FuzzOptions {
@@ -183,7 +183,7 @@ function checkTree(
     if (!mayChange && after[path] !== entry) throw new Error(`${path} changed from ${entry} to ${after[path]}`);
   }
   for (const [path, entry] of Object.entries(after)) {
-    if (path in before || entry === "directory" && path.startsWith(inDest)) continue;
+    if (path in before || entry.startsWith("directory") && path.startsWith(inDest)) continue;
     if (!expected.has(path)) throw new Error(`${path} exists but was not reported`);
   }
   for (const path of expected) {
@@ -198,17 +198,6 @@ function checkLink(dest: string, path: string): void {
   const isInside = !Deno.readLinkSync(full).startsWith("/") &&
     (!existsSync(full) || Deno.realPathSync(full).startsWith(`${dest}/`) || Deno.realPathSync(full) === dest);
   if (!isInside) throw new Error(`${path} links to ${Deno.readLinkSync(full)}`);
-}
-
-/** Returns for each path the digest of the file, the target of the link, or `directory`. */
-function snapshot(directory: string, prefix = ""): Record<string, string> {
-  const all: Record<string, string> = {};
-  for (const { name, isFile, isDirectory } of Deno.readDirSync(directory)) {
-    const path = join(directory, name);
-    if (isDirectory) Object.assign(all, { [prefix + name]: "directory" }, snapshot(path, `${prefix}${name}/`));
-    else all[prefix + name] = isFile ? sha256(Deno.readFileSync(path)) : Deno.readLinkSync(path);
-  }
-  return all;
 }
 
 function write(path: string, bytes: Uint8Array): void {

@@ -351,8 +351,12 @@ export function flatParts(parts: Parts): (string | Uint8Array)[] {
 }
 
 /** A file that contains its own name, or `data`. */
-export function file(name: string, data: string = name, fields: Partial<RawHeaderFields> = {}): Parts {
-  return [rawHeader({ name, size: data.length, ...fields }), data];
+export function file(
+  name: string | Uint8Array,
+  data: string | Uint8Array = name,
+  fields: Partial<RawHeaderFields> = {},
+): Parts {
+  return [rawHeader({ name, size: toBytes(data).length, ...fields }), data];
 }
 
 /** A symbolic link. */

@@ -6,7 +6,7 @@
 
 import { randomBytes } from "node:crypto";
 import { layerOf } from "./archives.ts";
-import { type Bytes, concat, gzip, makeImage, rawHeader, rawTar } from "./images.ts";
+import { type Bytes, concat, file, gzip, makeImage, rawHeader, tarOf } from "./images.ts";
 import { startProxy } from "./proxies.ts";
 import { type Fault, type RegistryOptions, startRegistry } from "./registry.ts";
 import type { Scratch } from "./scratch.ts";
@@ -30,7 +30,7 @@ const PLATFORM = ["--platform", "linux/amd64"];
 
 /** An archive of one file, whose bytes cannot be compressed. */
 function randomLayer(size: number): Bytes {
-  return rawTar(rawHeader({ name: "a.whl", size }), randomBytes(size));
+  return tarOf(file("a.whl", randomBytes(size)));
 }
 
 /** A registry that fails each request for the layer in this way. */
